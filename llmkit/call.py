@@ -1,0 +1,206 @@
+"""What goes in: a call, its messages, its settings, and the trail of what happened to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from decimal import Decimal
+
+    from llmkit.endpoint import Endpoint, Link
+    from llmkit.events import Event
+    from llmkit.reply import Usage
+
+__all__ = ["Attempt", "Call", "Message", "Params", "Skipped", "Timeouts", "Trail", "messages_from"]
+
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message. ``content`` is text, or a list of content parts as OpenAI's format has them."""
+
+    role: str
+    content: str | list[dict[str, Any]]
+
+    @property
+    def text(self) -> str:
+        """The text of the message; parts that are not text are left out."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(str(part.get("text", "")) for part in self.content if part.get("type") == "text")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Params:
+    """What shapes the answer. None means: not sent, so the provider's own default holds.
+
+    Attributes:
+        max_tokens: most output tokens, reasoning included.
+        extra: further fields of the request body, passed on as they are.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """Time limits in seconds; None means no limit of that kind.
+
+    Attributes:
+        connect: until the connection stands.
+        first_token: from sending one attempt until its first token. A reply that is not streamed arrives whole, so
+            for it this limit holds only where the user set it (``first_token_set``).
+        idle: between two chunks.
+        total: the whole call, all attempts and waits included.
+    """
+
+    connect: float | None = 5.0
+    first_token: float | None = 30.0
+    idle: float | None = 30.0
+    total: float | None = 120.0
+    first_token_set: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One request that was sent, or was about to be.
+
+    Attributes:
+        number: 1-based, over all links of the call.
+        status: ``complete``, ``aborted`` or ``failed``.
+        started: epoch seconds.
+        latency_s, time_to_first_token_s: seconds from the attempt's own start; None where it never came to that.
+        cost_usd: None where the price is unknown.
+        error: the class name of the error; None where there was none.
+        maybe_billed: the request was sent and its end was never seen.
+    """
+
+    number: int
+    provider: str
+    model: str
+    status: str
+    started: float
+    latency_s: float
+    time_to_first_token_s: float | None = None
+    usage: Usage | None = None
+    cost_usd: Decimal | None = None
+    error: str | None = None
+    message: str | None = None
+    http_status: int | None = None
+    provider_request_id: str | None = None
+    finish_reason: str | None = None
+    maybe_billed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A link that was not used, or was left, and why."""
+
+    endpoint: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Trail:
+    """What happened to one call, in order. The only thing of a call that changes.
+
+    ``listener`` hears every event of this call, on the event loop's thread.
+    """
+
+    listener: Callable[[Event], object] | None = None
+    attempts: list[Attempt] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    waited_s: float = 0.0
+    attempts_begun: int = 0
+
+    @property
+    def spent(self) -> Decimal | None:
+        """USD of all ended attempts; None where none of them had a price."""
+        costs = [attempt.cost_usd for attempt in self.attempts if attempt.cost_usd is not None]
+        return sum(costs[1:], start=costs[0]) if costs else None
+
+    @property
+    def tokens(self) -> int:
+        """Input and output tokens of all ended attempts."""
+        return sum(a.usage.input_tokens + a.usage.output_tokens for a in self.attempts if a.usage is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One question on its way down the chain. Layers hand on a changed copy (`to`), never change it.
+
+    Attributes:
+        request_id: unique; the key of the call in the ledger.
+        model: as it was asked for, alias or ``provider:model``.
+        route: the links it may take, in order.
+        link: the one chosen by the route layer; None above it.
+        stream: whether the wire is asked to stream.
+        started, deadline: on `Clock.now`'s scale; deadline None means none.
+        started_at: epoch seconds.
+        max_cost_usd, max_total_tokens: the cap of this one request, all attempts together.
+        degraded_text: what to answer when every link is out.
+    """
+
+    request_id: str
+    messages: tuple[Message, ...]
+    model: str
+    route: tuple[Link, ...]
+    started: float
+    started_at: float
+    params: Params = Params()
+    stream: bool = False
+    user: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    timeouts: Timeouts = Timeouts()
+    deadline: float | None = None
+    max_cost_usd: Decimal | None = None
+    max_total_tokens: int | None = None
+    degraded_text: str | None = None
+    link: Link | None = None
+    trail: Trail = field(default_factory=Trail)
+
+    def to(self, **changes: Any) -> Call:
+        """A copy with these fields changed; the trail is shared."""
+        return replace(self, **changes)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The chosen endpoint. Only layers below the route may ask."""
+        if self.link is None:
+            raise RuntimeError("no link has been chosen yet: this layer stands above the route")
+        return self.link.endpoint
+
+
+def messages_from(prompt: str | Message | Sequence[Message | Mapping[str, Any]], system: str | None = None) -> tuple[Message, ...]:
+    """Accept what users pass: a string, a `Message`, or a list of messages or ``{"role", "content"}``.
+
+    Raises:
+        TypeError, ValueError: on anything else, naming what is wrong.
+    """
+    if isinstance(prompt, str):
+        prompt = [Message("user", prompt)]
+    elif isinstance(prompt, Message):
+        prompt = [prompt]
+    messages = [] if system is None else [Message("system", system)]
+    for index, item in enumerate(prompt):
+        if isinstance(item, Message):
+            messages.append(item)
+            continue
+        if not hasattr(item, "keys"):
+            raise TypeError(f"message {index} is a {type(item).__name__}, not a Message or a dict with role and content")
+        if missing := {"role", "content"} - set(item.keys()):
+            raise ValueError(f"message {index} lacks {' and '.join(sorted(missing))}")
+        content = item["content"]
+        if not isinstance(content, str | list):
+            raise TypeError(f"message {index}: content is a {type(content).__name__}, not text or a list of parts")
+        messages.append(Message(str(item["role"]), content))
+    if not any(m.role != "system" for m in messages):
+        raise ValueError("there is no message to send")
+    return tuple(messages)

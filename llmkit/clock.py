@@ -1,0 +1,62 @@
+"""Time, sleep and chance, through one door, so that no test ever sleeps.
+
+`SystemClock` is the real one; `llmkit.testing.FakeClock` is the one tests (yours, too) move by hand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Clock", "SystemClock", "TimerHandle"]
+
+
+class TimerHandle(Protocol):
+    """What `Clock.call_later` returns."""
+
+    def cancel(self) -> None:
+        """Forget the timer; harmless when it has already fired."""
+
+
+class Clock(Protocol):
+    """Everything llmkit knows of time and chance."""
+
+    def now(self) -> float:
+        """Monotonic seconds; only differences mean anything."""
+
+    def time(self) -> float:
+        """Seconds since the epoch (UTC)."""
+
+    def random(self) -> float:
+        """A number in [0, 1)."""
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait that long."""
+
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> TimerHandle:
+        """Call ``callback`` on the running loop after that long."""
+
+
+class SystemClock:
+    """The machine's clock and the operating system's randomness."""
+
+    def __init__(self) -> None:
+        self._random = random.SystemRandom()
+
+    # Staticmethods, not wrappers: they are called several times a chunk.
+    now = staticmethod(time.monotonic)
+    time = staticmethod(time.time)
+
+    def random(self) -> float:
+        return self._random.random()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> TimerHandle:
+        return asyncio.get_running_loop().call_later(seconds, callback)

@@ -1,0 +1,491 @@
+"""What comes back, and how it ends.
+
+A `Reply` exists from its first token on and may still be arriving. It owns the ending: read to the end it is
+``complete``, broken it is ``failed``, closed, cancelled or left it is ``aborted``. Whichever it is, the ending
+happens exactly once: the source is closed, then the hooks run, innermost layer first, out of reach of cancellation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmkit.errors import EmptyReply, LLMKitError, Refused, StreamBroken
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
+    from decimal import Decimal
+
+    from llmkit.call import Attempt, Call
+    from llmkit.clock import Clock
+    from llmkit.portal import Portal
+
+__all__ = ["Chunk", "Head", "Outcome", "Reply", "Usage", "settled", "shielded"]
+
+log = logging.getLogger("llmkit")
+
+Status = Literal["complete", "aborted", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one attempt, by OpenTelemetry's rule: the parts are inside the totals.
+
+    Attributes:
+        input_tokens: all input, cached input included.
+        output_tokens: all output, reasoning included.
+        cached_input_tokens: read from the provider's prompt cache.
+        cache_write_tokens: written to it, the ones below included; ``cache_write_1h_tokens`` are kept for an hour.
+        reasoning_tokens: spent on reasoning.
+        estimated: counted here, because the provider did not say.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_input_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    reasoning_tokens: int = 0
+    estimated: bool = False
+
+    @property
+    def total_tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+
+class Chunk:
+    """A piece of the reply as it arrived: ``text`` of the answer, ``reasoning`` beside it; either may be empty."""
+
+    # Not a dataclass: one is made per token, and this __init__ costs half as much.
+    __slots__ = ("reasoning", "text")
+
+    def __init__(self, text: str, reasoning: str = "") -> None:
+        self.text = text
+        self.reasoning = reasoning
+
+    def __repr__(self) -> str:
+        return f"Chunk({self.text!r})" if not self.reasoning else f"Chunk({self.text!r}, reasoning={self.reasoning!r})"
+
+
+Batches = "AsyncIterator[list[Chunk]]"  # chunks come in the groups in which the wire delivered them
+
+
+class Head:
+    """What the wire says about a reply, beside its text; the wire format fills it while chunks arrive."""
+
+    __slots__ = ("finish_reason", "model", "provider_request_id", "refusal", "service_tier", "tool_calls", "usage")
+
+    def __init__(self) -> None:
+        self.model: str | None = None
+        self.provider_request_id: str | None = None
+        self.finish_reason: str | None = None
+        self.refusal: str | None = None
+        self.service_tier: str | None = None
+        self.tool_calls: list[dict[str, Any]] = []
+        self.usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How it ended. ``reply`` is None where it never began."""
+
+    status: Status
+    error: BaseException | None = None
+    reply: Reply | None = None
+
+
+Hook = "Callable[[Outcome], Awaitable[None]]"
+
+
+class Reply:
+    """The answer to one call, from its first token on.
+
+    ``async for chunk in reply`` replays what has arrived and then waits for more; any number of readers may do so.
+    ``await reply.read()`` drains it. A reply from `llmkit.Client` can be read without ``await`` as well:
+    ``for chunk in reply``, ``with client.stream(…) as reply``.
+
+    Attributes:
+        request_id: the call's id, and its key in the ledger.
+        model, provider: who really answered.
+        source: ``provider``, ``simulated``, ``degraded`` (later also ``cache`` and ``coalesced``).
+        text: what has arrived of the answer. ``reasoning``: the same of the model's reasoning, where it is shown.
+        usage: tokens of the attempt that answered; None until the end is seen.
+        cost_usd: USD of the whole call, failed attempts included; None where the price is unknown.
+        finish_reason: the provider's word (``stop``, ``length``, …), or ``max_cost`` or ``max_tokens`` where a cap cut it.
+        latency_s, time_to_first_token_s: seconds from the start of the call, waits included.
+        attempts: every attempt made, failed ones included.
+        skipped: links that were not used, with the reason.
+        outcome: None while it is arriving.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        source: AsyncIterator[list[Chunk]],
+        *,
+        head: Head,
+        clock: Clock,
+        first: list[Chunk] | None = None,
+        provider: str = "",
+        where: str = "provider",
+        close: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self.call = call
+        self.head = head
+        self.provider = provider
+        self.source = where
+        self.outcome: Outcome | None = None
+        self.usage: Usage | None = None
+        self.cut: str | None = None
+        self.latency_s: float | None = None
+        self.time_to_first_token_s: float | None = clock.now() - call.started
+        self._clock = clock
+        self._batches = source
+        self._close = close
+        self._chunks: list[Chunk] = first or []
+        self._hooks: list[Callable[[Outcome], Awaitable[None]]] = []
+        self._reader: asyncio.Task[Any] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        self._aborting = False
+        self._ending = False
+        self._text: str | None = None
+        self._loop = asyncio.get_running_loop()
+        self._portal: Portal | None = None
+
+    # -- what it says ------------------------------------------------------------------------------------------------
+
+    @property
+    def request_id(self) -> str:
+        return self.call.request_id
+
+    @property
+    def model(self) -> str:
+        if self.head.model:
+            return self.head.model
+        return self.call.link.endpoint.model if self.call.link else self.call.model
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.cut or self.head.finish_reason
+
+    @property
+    def text(self) -> str:
+        if self._text is not None:
+            return self._text
+        text = "".join([chunk.text for chunk in self._chunks])
+        if self.outcome is not None:
+            self._text = text
+        return text
+
+    @property
+    def reasoning(self) -> str:
+        return "".join([chunk.reasoning for chunk in self._chunks])
+
+    @property
+    def cost_usd(self) -> Decimal | None:
+        return self.call.trail.spent
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        return tuple(self.call.trail.attempts)
+
+    @property
+    def skipped(self) -> tuple[Any, ...]:
+        return tuple(self.call.trail.skipped)
+
+    def json(self) -> Any:
+        """The answer parsed as JSON; a Markdown fence around it is taken off.
+
+        Raises:
+            ValueError: when the text is not JSON.
+        """
+        text = self.text.strip()
+        if text.startswith("```") and text.endswith("```"):
+            text = text.removesuffix("```").split("\n", 1)[-1]
+        return json.loads(text)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        text = self.text
+        shown = text if len(text) <= 60 else text[:57] + "…"
+        state = self.outcome.status if self.outcome else "arriving"
+        return f"<Reply {state} {self.model} {shown!r}>"
+
+    def _repr_markdown_(self) -> str:
+        return self.text
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        index = 0
+        while True:
+            chunks = self._chunks
+            while index < len(chunks):
+                chunk = chunks[index]
+                index += 1
+                yield chunk
+            if self.outcome is not None:
+                if self.outcome.status == "failed" and self.outcome.error is not None:
+                    raise self.outcome.error
+                return
+            await self._pull()
+
+    async def read(self) -> str:
+        """Wait for the end and return the whole text.
+
+        Raises:
+            LLMKitError: what broke it; ``error.reply`` holds what had arrived.
+        """
+        while self.outcome is None:
+            await self._pull()
+        if self.outcome.status == "failed" and self.outcome.error is not None:
+            raise self.outcome.error
+        return self.text
+
+    def through(self, transform: Callable[[AsyncIterator[list[Chunk]]], AsyncIterator[list[Chunk]]]) -> Reply:
+        """Let ``transform`` see, change, hold back or end what is still to come, batch by batch.
+
+        What had arrived before (the first token) goes through it as well.
+        """
+        first, self._chunks = self._chunks, []
+        self._batches = transform(_prepend(first, self._batches) if first else self._batches)
+        return self
+
+    def watched(self, watch: Callable[[AsyncIterator[list[Chunk]]], AsyncIterator[list[Chunk]]]) -> Reply:
+        """Let ``watch`` stand round every wait for more, without seeing what had arrived before."""
+        self._batches = watch(self._batches)
+        return self
+
+    async def _pull(self) -> None:
+        """Wait for one more batch, or for the end; failures are in the outcome, cancellation is raised."""
+        if self._reader is not None or self._ending:
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
+            await waiter
+            return
+        self._reader = asyncio.current_task()
+        try:
+            batch = await self._batches.__anext__()
+        except StopAsyncIteration:
+            await self._finish_reading()
+        except asyncio.CancelledError:
+            if self._aborting and self._reader is not None and self._reader.uncancel() == 0:
+                await self._end("aborted")
+            else:
+                await self._end("aborted", asyncio.CancelledError())
+                raise
+        except LLMKitError as error:
+            await self._end("failed", error)
+        except BaseException as error:
+            await self._end("failed", error)
+            raise
+        else:
+            self._chunks += batch
+        finally:
+            self._reader = None
+            if self._waiters:
+                self._wake()
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _finish_reading(self) -> None:
+        """The source is exhausted: a whole reply, unless it holds nothing to show."""
+        if self.cut is not None:
+            await self._end("aborted")
+        elif error := self._emptiness():
+            await self._end("failed", error)
+        else:
+            await self._end("complete")
+
+    def _emptiness(self) -> LLMKitError | None:
+        """The error that a well-ended stream without an answer is, if this one is."""
+        head = self.head
+        fields: dict[str, Any] = {"provider": self.provider, "model": self.model, "provider_request_id": head.provider_request_id}
+        if head.refusal or head.finish_reason in {"content_filter", "refusal"}:
+            reason = head.refusal or "stopped by the provider's content filter"
+            return Refused(f"{self.provider}:{self.model} refused: {reason}", reason=reason, **fields)
+        if head.tool_calls or any(chunk.text for chunk in self._chunks):
+            return None
+        reasoning = head.usage.reasoning_tokens if head.usage else None
+        if head.finish_reason == "length" or reasoning or any(chunk.reasoning for chunk in self._chunks):
+            spent = f"{reasoning} tokens" if reasoning else "the tokens"
+            message = f"{self.provider}:{self.model} returned no text: {spent} went into reasoning"
+            if head.finish_reason == "length":
+                message += " and the limit was reached"
+        else:
+            message = f"{self.provider}:{self.model} returned no text (finish reason: {head.finish_reason or 'none'})"
+        return EmptyReply(message, reasoning_tokens=reasoning, **fields)
+
+    # -- ending ------------------------------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Stop it: the connection is closed, what was spent is booked, what had arrived stays. Harmless when ended."""
+        if self.outcome is not None:
+            return
+        if self._reader is not None and self._reader is not asyncio.current_task() and not self._ending:
+            self._aborting = True
+            self._reader.cancel()
+        else:
+            await self._end("aborted")
+        while self.outcome is None:
+            await self._pull()
+
+    async def at_end(self, hook: Callable[[Outcome], Awaitable[None]]) -> None:
+        """Run ``hook`` when the reply ends, after the hooks of the layers below; at once if it has ended."""
+        if self.outcome is None:
+            self._hooks.append(hook)
+        else:
+            await _run(hook, self.outcome)
+
+    async def fail(self, error: LLMKitError) -> None:
+        """End it with ``error``; for layers that find out between two reads."""
+        await self._end("failed", error)
+
+    async def _end(self, status: Status, error: BaseException | None = None) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        if isinstance(error, LLMKitError):
+            if isinstance(error, StreamBroken) and not error.text_so_far:
+                error.text_so_far = self.text
+            error.reply = self
+            error.request_id = self.request_id
+        await shielded(self._settle(Outcome(status, error, self)))
+
+    async def _settle(self, outcome: Outcome) -> None:
+        if self._close is not None:
+            try:
+                await self._close()
+            except Exception:
+                log.exception("closing a connection failed; the call is settled all the same")
+        self.latency_s = self._clock.now() - self.call.started
+        for hook in self._hooks:
+            await _run(hook, outcome)
+        if isinstance(outcome.error, LLMKitError):
+            outcome.error.spent = self.cost_usd
+        self._hooks.clear()
+        self.outcome = outcome
+        self._wake()
+
+    def __del__(self) -> None:
+        # A reader who left without closing: `break` in an `async for`, or a variable overwritten.
+        if self.outcome is None and not self._ending and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_abandon, self)
+
+    # -- the same, without await -------------------------------------------------------------------------------------
+
+    def _bridge(self) -> Portal:
+        if self._portal is None:
+            raise TypeError("this reply belongs to an AsyncClient: use `async for`, `async with`, `await reply.read()`")
+        return self._portal
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self._bridge().iterate(self)
+
+    def close(self) -> None:
+        """`aclose`, from a thread that has no event loop."""
+        self._bridge().run(self.aclose())
+
+    def __enter__(self) -> Reply:
+        self._bridge()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Reply:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+def _abandon(reply: Reply) -> None:
+    task = reply._loop.create_task(reply.aclose())
+    _ABANDONED.add(task)  # the loop keeps only weak references to its tasks
+    task.add_done_callback(_ABANDONED.discard)
+
+
+_ABANDONED: set[asyncio.Task[None]] = set()
+
+
+async def _prepend(first: list[Chunk], rest: AsyncIterator[list[Chunk]]) -> AsyncIterator[list[Chunk]]:
+    yield first
+    async for batch in rest:
+        yield batch
+
+
+async def _run(hook: Callable[[Outcome], Awaitable[None]], outcome: Outcome) -> None:
+    try:
+        await hook(outcome)
+    except Exception:
+        log.exception("a hook failed at the end of a reply; the reply is settled all the same")
+
+
+async def settled(waiting: Awaitable[Reply], hook: Callable[[Outcome], Awaitable[None]]) -> Reply:
+    """Await a reply, and run ``hook`` exactly once: when the reply ends, or if it never begins."""
+    try:
+        reply = await waiting
+    except asyncio.CancelledError as error:
+        await shielded(_run(hook, Outcome("aborted", error)))
+        raise
+    except BaseException as error:
+        await shielded(_run(hook, Outcome("failed", error)))
+        raise
+    await reply.at_end(hook)
+    return reply
+
+
+async def shielded(work: Coroutine[Any, Any, None]) -> None:
+    """Run ``work`` to its end, whatever happens to the task that awaits it.
+
+    Endings seldom have to wait for anything, so ``work`` is first driven right here; only when it does wait is it
+    moved to a task of its own (which alone costs more than the whole of an ordinary ending).
+    """
+    try:
+        waiting_for = work.send(None)
+    except StopIteration:
+        return
+    task = asyncio.get_running_loop().create_task(_continued(work, waiting_for))
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.done():
+                break
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    task.result()
+
+
+async def _continued(work: Coroutine[Any, Any, None], waiting_for: Any) -> None:
+    await _resume(work, waiting_for)
+
+
+@types.coroutine
+def _resume(work: Coroutine[Any, Any, None], waiting_for: Any) -> Generator[Any, Any, None]:
+    while True:
+        try:
+            sent = yield waiting_for
+        except BaseException as error:  # the loop throws here what `work` waits for failed with
+            step = work.throw
+            argument: Any = error
+        else:
+            step = work.send
+            argument = sent
+        try:
+            waiting_for = step(argument)
+        except StopIteration:
+            return
