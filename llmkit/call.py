@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from decimal import Decimal
-
     from llmkit.endpoint import Endpoint, Link
     from llmkit.events import Event
     from llmkit.reply import Usage
@@ -122,9 +121,13 @@ class Trail:
 
     @property
     def spent(self) -> Decimal | None:
-        """USD of all ended attempts; None where none of them had a price."""
-        costs = [attempt.cost_usd for attempt in self.attempts if attempt.cost_usd is not None]
-        return sum(costs[1:], start=costs[0]) if costs else None
+        """USD of all ended attempts; None where the price of one of them is unknown."""
+        total = Decimal(0)
+        for attempt in self.attempts:
+            if attempt.cost_usd is None:
+                return None
+            total += attempt.cost_usd
+        return total
 
     @property
     def tokens(self) -> int:
@@ -145,6 +148,7 @@ class Call:
         started, deadline: on `Clock.now`'s scale; deadline None means none.
         started_at: epoch seconds.
         max_cost_usd, max_total_tokens: the cap of this one request, all attempts together.
+        max_cost_is_default: nobody asked for ``max_cost_usd``: it is the one that is on without asking.
         degraded_text: what to answer when every link is out.
     """
 
@@ -161,6 +165,7 @@ class Call:
     timeouts: Timeouts = Timeouts()
     deadline: float | None = None
     max_cost_usd: Decimal | None = None
+    max_cost_is_default: bool = False
     max_total_tokens: int | None = None
     degraded_text: str | None = None
     link: Link | None = None

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
-__all__ = ["Clock", "SystemClock", "TimerHandle"]
+__all__ = ["Clock", "SystemClock", "TimerHandle", "within"]
+
+T = TypeVar("T")
 
 
 class TimerHandle(Protocol):
@@ -60,3 +62,30 @@ class SystemClock:
 
     def call_later(self, seconds: float, callback: Callable[[], object]) -> TimerHandle:
         return asyncio.get_running_loop().call_later(seconds, callback)
+
+
+async def within(clock: Clock, seconds: float, waiting: Awaitable[T], error: Callable[[], BaseException]) -> T:
+    """Await ``waiting``; when ``seconds`` run out first, cancel it and raise ``error()``.
+
+    `asyncio.timeout` on our own clock: a cancellation from outside stays a cancellation.
+    """
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("within() needs a running task")
+    before = task.cancelling()
+    expired = False
+
+    def expire() -> None:
+        nonlocal expired
+        expired = True
+        task.cancel()
+
+    timer = clock.call_later(seconds, expire)
+    try:
+        return await waiting
+    except asyncio.CancelledError:
+        if expired and task.uncancel() <= before:
+            raise error() from None
+        raise
+    finally:
+        timer.cancel()

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
     from pathlib import Path
 
-    from llmkit.reply import Reply
+    from llmkit.reply import Reply, Usage
 
 __all__ = [
     "AllModelsFailed",
@@ -230,11 +230,14 @@ class ProviderError(LLMKitError):
         provider, model: who was asked, and for what.
         status: the HTTP status; None where there was none.
         retryable: whether the same request may succeed a little later.
+        transient: whether errors of this class say that the endpoint is unwell, rather than that the request is wrong.
         retry_after: seconds the server asked us to wait; None where it did not say.
         provider_request_id: the provider's own id of the request, for its support desk.
         maybe_billed: the request was sent and its end was never seen, so it may appear on the bill.
+        usage: tokens the provider reported although there is no reply to hold them; None otherwise.
     """
 
+    transient: ClassVar[bool] = False
     retryable_by_default: ClassVar[bool] = False
 
     def __init__(
@@ -258,6 +261,7 @@ class ProviderError(LLMKitError):
         self.retry_after = retry_after
         self.provider_request_id = provider_request_id
         self.maybe_billed = maybe_billed
+        self.usage: Usage | None = None
 
 
 class AuthenticationError(ProviderError):
@@ -285,6 +289,7 @@ class QuotaExhausted(ProviderError):
 class ProviderRateLimited(ProviderError):
     """429: too many requests or tokens for the account's limit."""
 
+    transient = True
     retryable_by_default = True
     default_next_step = "wait a little, lower the concurrency, or add a fallback"
 
@@ -292,6 +297,7 @@ class ProviderRateLimited(ProviderError):
 class ProviderOverloaded(ProviderError):
     """408, 409, 425, 500, 502, 503, 504, 529: the provider cannot just now."""
 
+    transient = True
     retryable_by_default = True
     default_next_step = "try again later, or add a fallback to the model's chain"
 
@@ -299,6 +305,7 @@ class ProviderOverloaded(ProviderError):
 class ProviderUnreachable(ProviderError):
     """No connection, or it was lost before the first token."""
 
+    transient = True
     retryable_by_default = True
     default_next_step = "check the base URL and that the server runs"
 
@@ -306,6 +313,7 @@ class ProviderUnreachable(ProviderError):
 class ProviderTimeout(ProviderError):
     """A time limit ran out. ``limit`` is that limit in seconds."""
 
+    transient = True
     retryable_by_default = True
     default_next_step = "raise the limit ([timeout] in llmkit.toml, or --timeout), or use a faster model"
 
@@ -337,10 +345,13 @@ class TotalTimeout(ProviderTimeout):
 class BadResponse(ProviderError):
     """What came back is not the wire format: HTML, garbage, no content, or more than the size limit."""
 
+    transient = True
+
 
 class StreamBroken(ProviderError):
     """The stream ended, or carried an error, after text had arrived. ``text_so_far`` is that text."""
 
+    transient = True
     default_next_step = "run it again; what had arrived is kept"
 
     def __init__(self, message: str, *, text_so_far: str = "", **fields: Any) -> None:

@@ -347,9 +347,9 @@ class Reply:
         else:
             await _run(hook, self.outcome)
 
-    async def fail(self, error: LLMKitError) -> None:
-        """End it with ``error``; for layers that find out between two reads."""
-        await self._end("failed", error)
+    def fail_soon(self, error: LLMKitError) -> None:
+        """End it with ``error`` although nobody reads; for a layer that finds out between two reads."""
+        _keep(self._loop.create_task(self._end("failed", error)))
 
     async def _end(self, status: Status, error: BaseException | None = None) -> None:
         if self._ending:
@@ -411,12 +411,15 @@ class Reply:
 
 
 def _abandon(reply: Reply) -> None:
-    task = reply._loop.create_task(reply.aclose())
-    _ABANDONED.add(task)  # the loop keeps only weak references to its tasks
-    task.add_done_callback(_ABANDONED.discard)
+    _keep(reply._loop.create_task(reply.aclose()))
 
 
-_ABANDONED: set[asyncio.Task[None]] = set()
+_ENDINGS: set[asyncio.Task[None]] = set()
+
+
+def _keep(task: asyncio.Task[None]) -> None:
+    _ENDINGS.add(task)  # a loop keeps only weak references to its tasks
+    task.add_done_callback(_ENDINGS.discard)
 
 
 async def _prepend(first: list[Chunk], rest: AsyncIterator[list[Chunk]]) -> AsyncIterator[list[Chunk]]:

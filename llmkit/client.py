@@ -1,0 +1,243 @@
+"""What a Python user holds: `AsyncClient`, and `Client`, the same without ``await``.
+
+Both go down the same chain. `Client` is a bridge of one line a method to the background loop of `llmkit.portal`, so it
+works in a script, in a notebook whose own loop runs, and from several threads at once.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any, Self
+
+from llmkit.call import Call, Message, Trail, messages_from
+from llmkit.clock import Clock, SystemClock
+from llmkit.config import Config
+from llmkit.layers import standard
+from llmkit.layers.breaker import Breakers
+from llmkit.ledger import Ledger
+from llmkit.options import Options
+from llmkit.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping, Sequence
+
+    import httpx
+    import pandas as pd
+
+    from llmkit.reply import Reply
+
+__all__ = ["AsyncClient", "Client"]
+
+
+class AsyncClient:
+    """Calls to language models through llmkit's chain.
+
+    Args:
+        config: settings read elsewhere; by default ``llmkit.toml`` and the environment are read.
+        transport: an `httpx.AsyncBaseTransport` to send through, instead of llmkit's own.
+        clock: time, sleep and chance; for tests.
+        settings: single settings over the config, by their names in the file (``model="…"``, ``timeout={"total": 60}``).
+
+    One client serves any number of tasks, threads and event loops.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Clock | None = None,
+        **settings: Any,
+    ) -> None:
+        from llmkit.providers.http import Provider
+
+        self.config = Config.load(**settings) if config is None else config.with_(**settings) if settings else config
+        self.clock: Clock = clock or SystemClock()
+        self.ledger = Ledger.open(self.config.state_url, self.clock)
+        self.circuits = Breakers(self.config.breaker, self.clock)
+        self._provider = Provider(self.clock, transport=transport, offline=self.config.offline)
+        self._pipeline = Pipeline(
+            standard(self.config, clock=self.clock, ledger=self.ledger, breakers=self.circuits), self._provider
+        )
+        self._model: str | None = None
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    async def complete(self, prompt: str | Message | Sequence[Message | Mapping[str, Any]], **options: Any) -> Reply:
+        """Ask, and wait for the whole answer.
+
+        Args:
+            prompt: text, a `Message`, or a list of messages.
+            options: see `llmkit.options.Options`: ``model``, ``system``, ``max_tokens``, ``max_cost``, ``timeout``, ``user``, ``tags`` …
+
+        Raises:
+            LLMKitError: what happened, what was spent, what to do next; ``error.reply`` holds a partial answer.
+        """
+        reply = await self._open(prompt, stream=False, options=options)
+        await reply.read()
+        return reply
+
+    def stream(self, prompt: str | Message | Sequence[Message | Mapping[str, Any]], **options: Any) -> Opening:
+        """Ask, and read the answer as it arrives: ``async with client.stream(…) as reply: async for chunk in reply``.
+
+        ``await client.stream(…)`` gives the reply at its first token; close it when leaving before its end.
+        Arguments and errors are those of `complete`.
+        """
+        return Opening(self, prompt, options)
+
+    async def _open(self, prompt: Any, *, stream: bool, options: dict[str, Any]) -> Reply:
+        return await self._pipeline(self._call(prompt, stream, Options.of(options)))
+
+    def _call(self, prompt: Any, stream: bool, options: Options) -> Call:
+        config = self.config
+        model = options.model or self.default_model()
+        timeouts = options.timeouts(config.timeouts)
+        started = self.clock.now()
+        cap = options.max_cost_usd
+        return Call(
+            request_id=options.request_id or uuid.uuid4().hex,
+            messages=messages_from(prompt, options.system),
+            model=model,
+            route=config.route(model),
+            params=options.params(),
+            stream=stream,
+            user=options.user,
+            tags=dict(options.tags or {}),
+            timeouts=timeouts,
+            started=started,
+            started_at=self.clock.time(),
+            deadline=None if timeouts.total is None else started + timeouts.total,
+            max_cost_usd=config.budget.request_usd if cap is None else cap,
+            max_cost_is_default=cap is None and not config.budget.request_usd_set,
+            max_total_tokens=config.budget.request_tokens,
+            degraded_text=config.degraded_text,
+            trail=Trail(listener=options.on_event),
+        )
+
+    def default_model(self) -> str:
+        """The model used where none is named; looked for at the first call, then kept."""
+        if self._model is None:
+            self._model = self.config.default_model().model
+        return self._model
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def calls(self, limit: int | None = None) -> pd.DataFrame:
+        """Every call in the ledger as a DataFrame, one row a call, newest last; ``limit`` keeps the newest so many."""
+        return self.ledger.frame(limit=limit)
+
+    def attempts(self, request_id: str) -> list[dict[str, Any]]:
+        """Every attempt of one call, in order, as the ledger has it."""
+        return self.ledger.attempts(request_id)
+
+    def breakers(self) -> pd.DataFrame:
+        """The circuit of every endpoint used so far: endpoint, base_url, state, failures_in_row, retry_after, last_failure."""
+        import pandas as pd
+
+        columns = ["endpoint", "base_url", "state", "failures_in_row", "retry_after", "last_failure"]
+        rows = [
+            (c.endpoint.name, c.endpoint.base_url, c.state, c.failures_in_row, c.retry_after, c.last_failure)
+            for c in self.circuits
+        ]
+        return pd.DataFrame(rows, columns=columns)
+
+    # -- closing -----------------------------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Close connections and the ledger. Replies still arriving are aborted and settled."""
+        await self._provider.aclose()
+        self.ledger.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} model={self._model or self.config.model or 'not yet chosen'}>"
+
+
+class Opening:
+    """A reply that has yet to begin: await it, or use it as an async context manager."""
+
+    def __init__(self, client: AsyncClient, prompt: Any, options: dict[str, Any]) -> None:
+        self._client = client
+        self._prompt = prompt
+        self._options = options
+        self._reply: Reply | None = None
+
+    def __await__(self) -> Generator[Any, None, Reply]:
+        return self._client._open(self._prompt, stream=True, options=self._options).__await__()
+
+    async def __aenter__(self) -> Reply:
+        self._reply = await self
+        return self._reply
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._reply is not None:
+            await self._reply.aclose()
+
+
+class Client:
+    """`AsyncClient` without ``await``; the arguments are the same. One client serves all threads."""
+
+    def __init__(self, **arguments: Any) -> None:
+        from llmkit import portal
+
+        self._portal = portal.shared()
+        self._client = AsyncClient(**arguments)
+
+    @property
+    def config(self) -> Config:
+        return self._client.config
+
+    def complete(self, prompt: str | Message | Sequence[Message | Mapping[str, Any]], **options: Any) -> Reply:
+        """See `AsyncClient.complete`. An interrupt closes the connection, settles, and is raised again."""
+        return self._bridged(self._portal.run(self._client.complete(prompt, **options)))
+
+    def stream(self, prompt: str | Message | Sequence[Message | Mapping[str, Any]], **options: Any) -> Reply:
+        """``with client.stream(…) as reply: for chunk in reply: …``; begins at the first token."""
+        return self._bridged(self._portal.run(_awaited(self._client.stream(prompt, **options))))
+
+    def _bridged(self, reply: Reply) -> Reply:
+        reply._portal = self._portal
+        return reply
+
+    def default_model(self) -> str:
+        """See `AsyncClient.default_model`."""
+        return self._client.default_model()
+
+    def calls(self, limit: int | None = None) -> pd.DataFrame:
+        """See `AsyncClient.calls`."""
+        return self._client.calls(limit)
+
+    def attempts(self, request_id: str) -> list[dict[str, Any]]:
+        """See `AsyncClient.attempts`."""
+        return self._client.attempts(request_id)
+
+    def breakers(self) -> pd.DataFrame:
+        """See `AsyncClient.breakers`."""
+        return self._client.breakers()
+
+    @property
+    def circuits(self) -> Breakers:
+        """The circuits themselves, to `isolate` or `reset` by hand."""
+        return self._client.circuits
+
+    def close(self) -> None:
+        """Close connections and the ledger; replies still arriving are aborted and settled."""
+        self._portal.run(self._client.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return repr(self._client).replace("AsyncClient", "Client", 1)
+
+
+async def _awaited(opening: Opening) -> Reply:
+    return await opening

@@ -1,0 +1,43 @@
+"""The layers. One file each; `standard` is the chain, read from top to bottom."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmkit.clock import Clock
+    from llmkit.config import Config
+    from llmkit.layers.breaker import Breakers
+    from llmkit.ledger import Ledger
+    from llmkit.pipeline import Layer
+
+__all__ = ["standard"]
+
+
+def standard(config: Config, *, clock: Clock, ledger: Ledger, breakers: Breakers) -> list[Layer]:
+    """The chain of every client, outermost first."""
+    # Here and not above: none of this is needed before the first call, and loading must stay instant.
+    from llmkit.layers.breaker import Breaker
+    from llmkit.layers.budget import Budget
+    from llmkit.layers.degraded import Degraded
+    from llmkit.layers.fallback import Fallback
+    from llmkit.layers.meter import Meter
+    from llmkit.layers.record import Record
+    from llmkit.layers.retry import Retry
+    from llmkit.layers.timeout import Timeout
+
+    return [
+        Record(ledger),
+        # guardrails: what may be asked, and what may be answered
+        # trim: what does not fit the window goes, before the cache key is made
+        # cache: a hit costs neither money nor rate limit
+        Degraded(clock),
+        # tier and cascade: which chain this call deserves
+        Fallback(clock),
+        # rate limit: by endpoint, so below the choice of it
+        Retry(config.retry, clock),
+        Breaker(breakers),
+        Budget(clock),
+        Timeout(clock),
+        Meter(ledger, clock),
+    ]

@@ -1,0 +1,54 @@
+"""The reply of last resort: a text of the user's own when every link is out, marked, at no cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmkit.errors import AllModelsFailed, CircuitOpen, LLMKitError, ProviderError, QuotaExhausted
+from llmkit.reply import Chunk, Head, Reply
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from llmkit.call import Call
+    from llmkit.clock import Clock
+    from llmkit.pipeline import CallNext
+
+__all__ = ["Degraded"]
+
+
+class Degraded:
+    """Answers with ``call.degraded_text`` when no link can answer for now.
+
+    Only outages are covered. A wrong key, a wrong model name or a refused request stays an error: a template would
+    hide for ever what only the user can mend.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    async def __call__(self, call: Call, call_next: CallNext) -> Reply:
+        if call.degraded_text is None:
+            return await call_next(call)
+        try:
+            return await call_next(call)
+        except LLMKitError as error:
+            if not _is_outage(error):
+                raise
+        head = Head()
+        head.model = "degraded"
+        head.finish_reason = "stop"
+        return Reply(
+            call, _nothing(), head=head, clock=self._clock, first=[Chunk(call.degraded_text)], where="degraded"
+        )
+
+
+def _is_outage(error: LLMKitError) -> bool:
+    if isinstance(error, AllModelsFailed):
+        return any(_is_outage(each) for each in error.errors)
+    return isinstance(error, CircuitOpen | QuotaExhausted) or (isinstance(error, ProviderError) and error.transient)
+
+
+async def _nothing() -> AsyncIterator[list[Chunk]]:
+    return
+    yield []  # what makes it an async generator

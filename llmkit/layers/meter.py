@@ -1,0 +1,123 @@
+"""Book every attempt: what was asked of whom, how it ended, what it cost.
+
+Innermost, so that an attempt whose reply a retry or a fallback throws away is booked like any other. The cost of a
+call is the sum of its attempts, and this is the only place where tokens become money.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmkit.call import Attempt
+from llmkit.errors import LLMKitError, ProviderError
+from llmkit.events import AttemptEnded, AttemptStarted, emit
+from llmkit.models import prices, tokens
+from llmkit.reply import Outcome, Reply, Usage, settled
+
+if TYPE_CHECKING:
+    from llmkit.call import Call
+    from llmkit.clock import Clock
+    from llmkit.ledger import Ledger
+    from llmkit.pipeline import CallNext
+
+__all__ = ["Meter"]
+
+
+class Meter:
+    """Writes one ledger row an attempt, before it is sent and when it ends."""
+
+    def __init__(self, ledger: Ledger, clock: Clock) -> None:
+        self._ledger = ledger
+        self._clock = clock
+
+    async def __call__(self, call: Call, call_next: CallNext) -> Reply:
+        trail = call.trail
+        trail.attempts_begun += 1
+        number = trail.attempts_begun
+        started_at, started = self._clock.time(), self._clock.now()
+        await self._ledger.attempt_began(call, number, call.endpoint, started_at)
+        if trail.listener is not None:
+            emit(call, AttemptStarted(call.request_id, call.endpoint.name, number))
+
+        async def ended(outcome: Outcome) -> None:
+            attempt, cost = await self._booked(call, number, started_at, started, outcome)
+            trail.attempts.append(attempt)
+            self._ledger.attempt_ended(call, attempt, cost)
+            if trail.listener is not None:
+                emit(call, AttemptEnded(call.request_id, attempt))
+
+        return await settled(call_next(call), ended)
+
+    async def _booked(
+        self, call: Call, number: int, started_at: float, started: float, outcome: Outcome
+    ) -> tuple[Attempt, prices.Cost | None]:
+        endpoint, reply, error = call.endpoint, outcome.reply, outcome.error
+        usage = await self._usage(call, outcome)
+        head = reply.head if reply is not None else None
+        cost = prices.cost(
+            endpoint,
+            usage or Usage(),
+            at=started_at,
+            model=head.model if head is not None else None,
+            service_tier=head.service_tier if head is not None else None,
+        )
+        provider_error = error if isinstance(error, ProviderError) else None
+        first_token = None
+        if reply is not None and reply.time_to_first_token_s is not None:
+            first_token = call.started + reply.time_to_first_token_s - started
+        attempt = Attempt(
+            number=number,
+            provider=endpoint.provider,
+            model=reply.model if reply is not None else endpoint.model,
+            status=outcome.status,
+            started=started_at,
+            latency_s=self._clock.now() - started,
+            time_to_first_token_s=first_token,
+            usage=usage,
+            cost_usd=cost.usd if cost is not None else None,
+            error=type(error).__name__ if error is not None else None,
+            message=error.message if isinstance(error, LLMKitError) else None,
+            http_status=provider_error.status if provider_error else 200 if reply is not None else None,
+            provider_request_id=(head and head.provider_request_id)
+            or (provider_error and provider_error.provider_request_id),
+            finish_reason=reply.finish_reason if reply is not None else None,
+            maybe_billed=_maybe_billed(outcome),
+        )
+        return attempt, cost
+
+    async def _usage(self, call: Call, outcome: Outcome) -> Usage | None:
+        """What the provider reported; where it did not, what can be counted here; None where nothing was answered."""
+        reply = outcome.reply
+        if reply is None:
+            return outcome.error.usage if isinstance(outcome.error, ProviderError) else None
+        usage = reply.head.usage
+        # Usage on a running stream counts what had been sent by then: of a stream that was broken off it is the floor.
+        if usage is None or outcome.status != "complete":
+            counted = await tokens.counted(call.endpoint, call.messages, reply.text, reply.reasoning)
+            usage = counted if usage is None else _larger(usage, counted)
+        reply.usage = usage
+        return usage
+
+
+def _larger(reported: Usage, counted: Usage) -> Usage:
+    """The report, unless more output than it knows of has arrived."""
+    if reported.output_tokens >= counted.output_tokens:
+        return reported
+    return Usage(
+        input_tokens=reported.input_tokens or counted.input_tokens,
+        output_tokens=counted.output_tokens,
+        cached_input_tokens=reported.cached_input_tokens,
+        cache_write_tokens=reported.cache_write_tokens,
+        cache_write_1h_tokens=reported.cache_write_1h_tokens,
+        reasoning_tokens=reported.reasoning_tokens,
+        estimated=True,
+    )
+
+
+def _maybe_billed(outcome: Outcome) -> bool:
+    """Whether the provider may bill more than was seen."""
+    if outcome.reply is not None:
+        return outcome.status != "complete"
+    if isinstance(outcome.error, ProviderError):
+        return outcome.error.maybe_billed
+    return not isinstance(outcome.error, LLMKitError)  # cancelled, or a foreign error: it may have been sent

@@ -1,0 +1,135 @@
+"""The bridge for code that has no event loop: one background loop a process, and waits that can be interrupted.
+
+Sync `Client` methods hand their coroutine to the loop's thread and wait here. A kernel's interrupt (Ctrl-C) arrives in
+the waiting thread; it cancels the coroutine and waits until that has settled, so that nothing runs on unseen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
+
+    from llmkit.reply import Chunk, Reply
+
+__all__ = ["Portal", "shared"]
+
+T = TypeVar("T")
+
+SETTLE_S = 5.0  # how long an interrupted wait stays for the coroutine to settle
+
+
+class Portal:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="llmkit", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Job[T]:
+        """Run ``work`` on the loop; harmless to call from any thread but the loop's own."""
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("a sync llmkit.Client was used on llmkit's own event loop; use AsyncClient there")
+        return Job(self.loop, work)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work`` to its end and give back its result.
+
+        An interrupt cancels it, waits until it has settled, and is raised again.
+        """
+        job = self.start(work)
+        try:
+            return job.result()
+        except BaseException:
+            job.cancel()
+            raise
+
+    def iterate(self, reply: Reply) -> Iterator[Chunk]:
+        """The chunks of ``reply``, read ahead on the loop. Leaving before the end aborts the reply."""
+        queue: SimpleQueue[Chunk | None] = SimpleQueue()
+
+        async def pump() -> None:
+            try:
+                async for chunk in reply:
+                    queue.put(chunk)
+            finally:
+                queue.put(None)
+
+        job = self.start(pump())
+        try:
+            while (chunk := queue.get()) is not None:
+                yield chunk
+            job.result()
+        finally:
+            job.cancel()
+
+    def close(self) -> None:
+        """Stop the loop; what still runs on it is cancelled first."""
+        if self.loop.is_closed():
+            return
+        self.run(_cancel_others())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(SETTLE_S)
+        if not self._thread.is_alive():
+            self.loop.close()
+
+
+class Job(Generic[T]):
+    """A coroutine on the portal's loop, seen from another thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> None:
+        self._loop = loop
+        self._done: SimpleQueue[None] = SimpleQueue()
+        self._task: asyncio.Task[T] | None = None
+        loop.call_soon_threadsafe(self._begin, work)
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> None:
+        self._task = self._loop.create_task(work)
+        self._task.add_done_callback(lambda _: self._done.put(None))
+
+    def result(self) -> T:
+        """Wait for the end; the result, or what the coroutine raised."""
+        self._done.get()
+        self._done.put(None)  # whoever asks again need not wait
+        assert self._task is not None
+        return self._task.result()
+
+    def cancel(self) -> None:
+        """Cancel it, unless it has ended, and wait (bounded) until it has settled."""
+        self._loop.call_soon_threadsafe(lambda: self._task is not None and self._task.cancel())
+        try:
+            self._done.get(timeout=SETTLE_S)
+        except Empty:
+            return
+        self._done.put(None)
+
+
+async def _cancel_others() -> None:
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+_shared: tuple[int, Portal] | None = None
+_lock = threading.Lock()
+
+
+def shared() -> Portal:
+    """The process's one portal. A forked child gets its own: threads do not survive a fork."""
+    global _shared
+    with _lock:
+        if _shared is None or _shared[0] != os.getpid() or _shared[1].loop.is_closed():
+            _shared = (os.getpid(), Portal())
+        return _shared[1]
