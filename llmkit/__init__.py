@@ -30,8 +30,8 @@ __all__ = [
     "Usage",
     "load_ipython_extension",
     "unload_ipython_extension",
-    *errors.__all__,
 ]
+__all__ += errors.__all__
 
 # Loaded when first asked for, so that `%load_ext llmkit` is instant.
 _HOMES = {

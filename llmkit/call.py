@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
     from llmkit.endpoint import Endpoint, Link
     from llmkit.events import Event
     from llmkit.reply import Usage
 
 __all__ = ["Attempt", "Call", "Message", "Params", "Skipped", "Timeouts", "Trail", "messages_from"]
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,9 @@ class Call:
         return self.link.endpoint
 
 
-def messages_from(prompt: str | Message | Sequence[Message | Mapping[str, Any]], system: str | None = None) -> tuple[Message, ...]:
+def messages_from(
+    prompt: str | Message | Sequence[Message | Mapping[str, Any]], system: str | None = None
+) -> tuple[Message, ...]:
     """Accept what users pass: a string, a `Message`, or a list of messages or ``{"role", "content"}``.
 
     Raises:
@@ -199,7 +201,9 @@ def messages_from(prompt: str | Message | Sequence[Message | Mapping[str, Any]],
             messages.append(item)
             continue
         if not hasattr(item, "keys"):
-            raise TypeError(f"message {index} is a {type(item).__name__}, not a Message or a dict with role and content")
+            raise TypeError(
+                f"message {index} is a {type(item).__name__}, not a Message or a dict with role and content"
+            )
         if missing := {"role", "content"} - set(item.keys()):
             raise ValueError(f"message {index} lacks {' and '.join(sorted(missing))}")
         content = item["content"]

@@ -40,7 +40,7 @@ and cut before it gets here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,7 +117,9 @@ class LLMKitError(Exception):
         if self.spent is not None:
             lines.append("spent: nothing" if not self.spent else f"spent: ${self.spent:.6f}".rstrip("0"))
         if self.reply is not None and self.reply.text:
-            lines.append(f"kept: {len(self.reply.text)} characters of the answer, in the variable and in error.reply.text")
+            lines.append(
+                f"kept: {len(self.reply.text)} characters of the answer, in the variable and in error.reply.text"
+            )
         if self.next_step:
             lines.append(f"next: {self.next_step}")
         return "\n".join(lines)
@@ -141,7 +143,9 @@ class BudgetExceeded(CallRejected):
         resets_at: when the scope starts anew; None for scopes that do not.
     """
 
-    default_next_step = "raise the cap (--max-cost, or [budget] in llmkit.toml), shorten the prompt, or lower --max-tokens"
+    default_next_step = (
+        "raise the cap (--max-cost, or [budget] in llmkit.toml), shorten the prompt, or lower --max-tokens"
+    )
 
     def __init__(
         self,
@@ -216,7 +220,7 @@ class ContextTooLong(CallRejected):
 class PriceUnknown(CallRejected):
     """A USD cap is set, and the price of ``model`` is not known, so the cap could not be kept."""
 
-    default_next_step = 'set its price: [models.NAME] price = { input = …, output = … } (USD per million tokens)'
+    default_next_step = "set its price: [models.NAME] price = { input = …, output = … } (USD per million tokens)"
 
     def __init__(self, message: str, *, model: str) -> None:
         super().__init__(message)
@@ -385,7 +389,7 @@ class AllModelsFailed(LLMKitError, ExceptionGroup[LLMKitError]):
     default_next_step = "see the errors above; %llm why shows the life of the call"
 
     # ExceptionGroup builds itself in __new__, whose signature differs from LLMKitError's.
-    def __new__(cls, message: str, errors: Sequence[LLMKitError]) -> AllModelsFailed:
+    def __new__(cls, message: str, errors: Sequence[LLMKitError]) -> Self:
         return super().__new__(cls, message, errors)
 
     def __init__(self, message: str, errors: Sequence[LLMKitError]) -> None:

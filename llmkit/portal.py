@@ -128,7 +128,7 @@ _lock = threading.Lock()
 
 def shared() -> Portal:
     """The process's one portal. A forked child gets its own: threads do not survive a fork."""
-    global _shared
+    global _shared  # noqa: PLW0603  one loop a process is the point
     with _lock:
         if _shared is None or _shared[0] != os.getpid() or _shared[1].loop.is_closed():
             _shared = (os.getpid(), Portal())

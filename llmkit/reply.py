@@ -12,7 +12,7 @@ import json
 import logging
 import types
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from llmkit.errors import EmptyReply, LLMKitError, Refused, StreamBroken
 
@@ -310,7 +310,11 @@ class Reply:
     def _emptiness(self) -> LLMKitError | None:
         """The error that a well-ended stream without an answer is, if this one is."""
         head = self.head
-        fields: dict[str, Any] = {"provider": self.provider, "model": self.model, "provider_request_id": head.provider_request_id}
+        fields: dict[str, Any] = {
+            "provider": self.provider,
+            "model": self.model,
+            "provider_request_id": head.provider_request_id,
+        }
         if head.refusal or head.finish_reason in {"content_filter", "refusal"}:
             reason = head.refusal or "stopped by the provider's content filter"
             return Refused(f"{self.provider}:{self.model} refused: {reason}", reason=reason, **fields)
@@ -396,14 +400,14 @@ class Reply:
         """`aclose`, from a thread that has no event loop."""
         self._bridge().run(self.aclose())
 
-    def __enter__(self) -> Reply:
+    def __enter__(self) -> Self:
         self._bridge()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def __aenter__(self) -> Reply:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -482,7 +486,7 @@ def _resume(work: Coroutine[Any, Any, None], waiting_for: Any) -> Generator[Any,
     while True:
         try:
             sent = yield waiting_for
-        except BaseException as error:  # the loop throws here what `work` waits for failed with
+        except BaseException as error:  # noqa: BLE001  the loop throws here what `work` waits for failed with
             step = work.throw
             argument: Any = error
         else:

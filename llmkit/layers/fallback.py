@@ -112,11 +112,7 @@ class Fallback:
 
     def _sick(self, endpoint: Endpoint) -> bool:
         failures = self._failures.get(endpoint.key)
-        return (
-            failures is not None
-            and len(failures) == SICK_AFTER
-            and self._clock.now() - failures[0] <= SICK_WITHIN_S
-        )
+        return failures is not None and len(failures) == SICK_AFTER and self._clock.now() - failures[0] <= SICK_WITHIN_S
 
     def _left(self, call: Call, link: Link, error: LLMKitError, others: list[Link]) -> None:
         if isinstance(error, ProviderError) and error.transient:
