@@ -1,0 +1,516 @@
+"""Frozen settings, read once: ``llmkit.toml``, then ``LLMKIT_*`` variables, then arguments. The later wins.
+
+* **The file** is the first ``llmkit.toml``, or ``pyproject.toml`` with ``[tool.llmkit]``, from the start folder upwards,
+  up to the home folder or the root; ``llmkit.toml`` wins within one folder. Settings of several files are never mixed.
+* **A variable** is ``LLMKIT_`` and the setting's path: ``LLMKIT_MODEL``, ``LLMKIT_TIMEOUT_TOTAL=60``,
+  ``LLMKIT_BUDGET_REQUEST_USD=0.1``. ``LLMKIT_OFFLINE=1`` keeps every call on this machine.
+* **An argument** is the same path in small letters (``timeout_total=60``), or a whole table (``timeout={"total": 60}``;
+  ``timeout=60`` and ``timeout="chat"`` are short for its ``total`` and its ``preset``). None means: not given.
+
+``"off"`` lifts a limit. A setting that is read but does nothing yet is named in `Config.notices`. Keys never stand in
+settings, only the names of the variables that hold them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Self
+
+from llmkit.call import Timeouts
+from llmkit.errors import ConfigError
+from llmkit.providers.catalog import CATALOG, ProviderEntry, is_loopback, moved
+from llmkit.providers.discovery import Default, find
+from llmkit.route import Routes
+from llmkit.settings import OFF, SETTINGS, check, flat_names, key_inside, nearest, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from llmkit.endpoint import Link
+    from llmkit.settings import Path as SettingPath
+
+__all__ = ["OFF", "PRESETS", "BreakerSettings", "BudgetSettings", "Config", "Default", "RetrySettings"]
+
+MAX_FILE_BYTES = 1_000_000
+FILE, PROJECT = "llmkit.toml", "pyproject.toml"
+PREFIX = "LLMKIT_"
+
+# Read elsewhere, so neither settings nor mistakes.
+_OTHER_VARIABLES = frozenset({"LLMKIT_DISPLAY"})
+
+PRESETS = {
+    "chat": Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=30.0),
+    "code": Timeouts(connect=5.0, first_token=30.0, idle=30.0, total=60.0),
+}
+"""Time limits by what is waited for: somebody who chats, or code that is written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetSettings:
+    """``[budget]``: what one request may cost, all its attempts together; None means no cap.
+
+    ``request_usd_set`` tells a cap that somebody asked for from the one that holds by default.
+    """
+
+    request_usd: Decimal | None = Decimal("0.50")
+    request_tokens: int | None = None
+    request_usd_set: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrySettings:
+    """``[retry]``: ``attempts`` in all; the first wait is up to ``initial`` seconds, no wait is longer than ``maximum``."""
+
+    attempts: int = 4
+    initial: float = 0.5
+    maximum: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerSettings:
+    """``[breaker]``: when an endpoint is left alone, and for how long.
+
+    Attributes:
+        failures: in a row, to open.
+        rate: share of failures among the calls of the last ``window_s`` seconds, to open, from ``minimum_calls`` on.
+        open_s: seconds until the first probe.
+        probes: calls let through at once while half open.
+        successes: of probes in a row, to close.
+    """
+
+    failures: int = 5
+    rate: float = 0.5
+    window_s: float = 60.0
+    minimum_calls: int = 5
+    open_s: float = 60.0
+    probes: int = 1
+    successes: int = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
+class Config:
+    """Settings, checked and frozen. Made by `load` or `of`; changed copies by `with_`.
+
+    Attributes:
+        model: the default model as it was set; None where no setting names one (see `default_model`).
+        offline: no call may leave this machine.
+        providers: every provider by its name, the user's own included.
+        file: the file that was read, as a path; None where there was none.
+        notices: settings that were read and do nothing in this version, one sentence each.
+        environ: where the keys are looked up.
+    """
+
+    model: str | None
+    offline: bool
+    budget: BudgetSettings
+    timeouts: Timeouts
+    retry: RetrySettings
+    breaker: BreakerSettings
+    degraded_text: str | None
+    state_url: str
+    providers: Mapping[str, ProviderEntry]
+    file: str | None
+    notices: tuple[str, ...]
+    environ: Mapping[str, str]
+    _aliases: tuple[str, ...]
+    _routes: Routes
+    _sources: tuple[_Source, ...]
+
+    @classmethod
+    def load(cls, start: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ, **settings: Any) -> Self:
+        """Read the file (from folder ``start`` upwards; by default the current one), the variables, the arguments.
+
+        Raises:
+            ConfigError: on the first wrong key or value, with its file and line, the nearest right key, or the range.
+        """
+        sources: list[_Source] = []
+        if (found := _found_file(os.fspath(start) if start is not None else os.getcwd())) is not None:
+            sources.append(_File(*found))
+        sources.append(_Variables(environ))
+        return cls._made((*sources, _Arguments(settings)), environ)
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str] = os.environ, **settings: Any) -> Self:
+        """Settings from arguments alone; neither a file nor an ``LLMKIT_*`` variable is read.
+
+        Raises:
+            ConfigError: see `load`.
+        """
+        return cls._made((_Arguments(settings),), environ)
+
+    def with_(self, **settings: Any) -> Self:
+        """A copy with these settings over the present ones.
+
+        Raises:
+            ConfigError: see `load`.
+        """
+        return self._made((*self._sources, _Arguments(settings)), self.environ)
+
+    @classmethod
+    def _made(cls, sources: tuple[_Source, ...], environ: Mapping[str, str]) -> Self:
+        tree: dict[str, Any] = {}
+        for source in sources:
+            tree = _merged(tree, source.tree)
+        blame = _Blame(sources)
+        providers = _providers(tree.get("providers", {}), blame)
+        models = tree.get("models", {})
+        routes = Routes(models, providers, environ, blame)
+        for name in models:
+            routes.check(name, ("models", name))
+        if "model" in tree:
+            routes.check(tree["model"], ("model",))
+        return cls(
+            model=tree.get("model"),
+            offline=tree.get("offline", False),
+            budget=_budget(tree.get("budget", {}).get("request", {})),
+            timeouts=_timeouts(tree.get("timeout", {})),
+            retry=_retry(tree.get("retry", {}), blame),
+            breaker=BreakerSettings(**tree.get("breaker", {})),
+            degraded_text=tree.get("degraded", {}).get("text"),
+            state_url=tree.get("state", {}).get("url", "sqlite"),
+            providers=providers,
+            file=next((source.file for source in sources if source.file), None),
+            notices=(*_without_effect(tree), *(note for source in sources for note in source.notes)),
+            environ=environ,
+            _aliases=tuple(models),
+            _routes=routes,
+            _sources=sources,
+        )
+
+    def route(self, model: str) -> tuple[Link, ...]:
+        """The links that a call for ``model`` may take, in order: a name, an alias, or several with commas between.
+
+        Raises:
+            ConfigError: where it leads nowhere, naming the nearest that does.
+        """
+        return self._routes.links(model)
+
+    def aliases(self) -> dict[str, tuple[Link, ...]]:
+        """Every alias of ``[models]`` with its links."""
+        return {name: self.route(name) for name in self._aliases}
+
+    def default_model(self) -> Default:
+        """The model of a call that names none: the setting, else a key, else a local server, else the simulator.
+
+        Looks at the environment, and perhaps at local ports (at most 0.35 s), each time; keep what it says.
+        """
+        source = next((s for s in reversed(self._sources) if "model" in s.tree), None)
+        if self.offline:
+            if self.model is not None and source is not None and self._stays_here(self.model):
+                return Default(self.model, source.words(("model",)))
+            return Default("simulator", "offline: no call leaves this machine")
+        if self.model is not None and source is not None:
+            return Default(self.model, source.words(("model",)))
+        found = find(self.providers, self.environ)
+        if found.model == "simulator" and self.file is not None:
+            return Default("simulator", f"{os.path.basename(self.file)} names no model; no key or local server found")
+        return found
+
+    def _stays_here(self, model: str) -> bool:
+        return all(link.endpoint.simulated or is_loopback(link.endpoint.base_url) for link in self.route(model))
+
+    def __repr__(self) -> str:
+        file = None if self.file is None else os.path.basename(self.file)
+        return f"<Config model={shown(self.model)} file={shown(file)} aliases={list(self._aliases)} offline={self.offline}>"
+
+
+# -- where settings come from ------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """One place that settings come from: ``tree`` as checked, and how to say where in it something stands."""
+
+    tree: Mapping[str, Any]
+    file: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def words(self, path: SettingPath) -> str:
+        raise NotImplementedError
+
+    def error(self, message: str, path: SettingPath, next_step: str | None = None) -> ConfigError:
+        raise NotImplementedError
+
+    def depth(self, path: SettingPath) -> int:
+        """How much of ``path`` stands in this source."""
+        node: Any = self.tree
+        for depth, name in enumerate(path):
+            if isinstance(node, dict) and name in node:
+                node = node[name]
+            elif isinstance(node, tuple) and isinstance(name, int) and name < len(node):
+                node = node[name]
+            else:
+                return depth
+        return len(path)
+
+
+class _File(_Source):
+    """A TOML file, or a table within one."""
+
+    def __init__(self, file: str, text: str, prefix: tuple[str, ...], tree: Any) -> None:
+        self.file: str = file
+        self._text = text
+        self._prefix = prefix
+        if (secret := key_inside(tree)) is not None:
+            raise self.error(
+                "this looks like a key or a password, and those never stand in a file",
+                secret,
+                'put it into an environment variable, and the variable\'s name here: api_key_env = "NAME"',
+            )
+        self.tree = check(tree, SETTINGS, (), self.error)
+
+    def words(self, path: SettingPath) -> str:
+        return f"from {os.path.basename(self.file)}"
+
+    def error(self, message: str, path: SettingPath, next_step: str | None = None) -> ConfigError:
+        from pathlib import Path
+
+        from llmkit.places import line_of
+
+        line = line_of(self._text, (*self._prefix, *path))
+        return ConfigError(message, file=Path(self.file), line=line, next_step=next_step)
+
+
+class _Variables(_Source):
+    """The ``LLMKIT_*`` variables."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        given = {name: environ[name] for name in environ if name.startswith(PREFIX) and name not in _OTHER_VARIABLES}
+        tree: dict[str, Any] = {}
+        notes = []
+        flat = flat_names() if given else {}
+        for name, text in given.items():
+            setting = flat.get(name.removeprefix(PREFIX).lower())
+            if setting is None:
+                notes += self._unknown(name, flat)
+            elif text.strip():
+                _put(tree, setting[0], setting[1].parse(text))
+        self.notes = tuple(notes)
+        self.tree = check(tree, SETTINGS, (), self.error)
+
+    def _unknown(self, name: str, flat: Mapping[str, Any]) -> list[str]:
+        if name.endswith(("_KEY", "_TOKEN")):  # likely a key that some api_key_env names
+            return []
+        near = nearest(name.removeprefix(PREFIX).lower(), flat, 0.75)
+        if near is None:
+            return [f"{shown(name)[1:-1]} is set, but it is no setting of llmkit"]
+        raise ConfigError(f"there is no setting {shown(name)[1:-1]}; did you mean {PREFIX}{near.upper()}?")
+
+    def words(self, path: SettingPath) -> str:
+        return f"from {_variable(path)}"
+
+    def error(self, message: str, path: SettingPath, next_step: str | None = None) -> ConfigError:
+        return ConfigError(f"{_variable(path)}: {message}", next_step=next_step)
+
+
+class _Arguments(_Source):
+    """Keyword arguments, and ``%config``."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        tree: dict[str, Any] = {}
+        flat = flat_names() if settings else {}
+        for name, value in settings.items():
+            if value is None:
+                continue
+            if name in SETTINGS:
+                given = _short(value) if name == "timeout" else value
+                tree[name] = _merged(tree.get(name, {}), given, (name,)) if isinstance(given, dict) else given
+            elif name in flat:
+                _put(tree, flat[name][0], value)
+            else:
+                raise _no_argument(name, flat)
+        self.tree = check(tree, SETTINGS, (), self.error)
+
+    def words(self, path: SettingPath) -> str:
+        return "as set here"
+
+    def error(self, message: str, path: SettingPath, next_step: str | None = None) -> ConfigError:
+        return ConfigError(message, next_step=next_step)
+
+
+def _no_argument(name: str, flat: Mapping[str, Any]) -> ConfigError:
+    near = nearest(name, [*SETTINGS, *flat])
+    return ConfigError(f"there is no setting {shown(name)}" + (f"; did you mean {near}?" if near else ""))
+
+
+def _short(value: Any) -> Any:
+    """``timeout=60`` and ``timeout="chat"``, written out."""
+    if isinstance(value, str) and value != OFF:
+        return {"preset": value}
+    return dict(value) if hasattr(value, "keys") else {"total": value}
+
+
+def _variable(path: SettingPath) -> str:
+    return PREFIX + "_".join(str(part) for part in path).upper()
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    *tables, key = path
+    for name in tables:
+        inner = tree.setdefault(name, {})
+        if not isinstance(inner, dict):  # an argument gave something else for this table; `check` says so
+            return
+        tree = inner
+    tree[key] = value
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``above`` over ``below``: tables key by key, but one model or provider, and a preset, as a whole."""
+    merged = {} if path == ("timeout",) and "preset" in above else dict(below)
+    for name, value in above.items():
+        under = merged.get(name)
+        if isinstance(value, dict) and isinstance(under, dict) and path not in {("models",), ("providers",)}:
+            merged[name] = _merged(under, value, (*path, name))
+        else:
+            merged[name] = value
+    return merged
+
+
+class _Blame:
+    """Makes an error about the merged settings one about the source that said it."""
+
+    def __init__(self, sources: Sequence[_Source]) -> None:
+        self._sources = sources
+
+    def __call__(self, message: str, path: SettingPath, next_step: str | None = None) -> ConfigError:
+        depth, source = max(((s.depth(path), i) for i, s in enumerate(self._sources)), default=(0, 0))
+        if depth == 0:
+            return ConfigError(message, next_step=next_step)
+        return self._sources[source].error(message, path, next_step)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def _found_file(start: str) -> tuple[str, str, tuple[str, ...], Any] | None:
+    """The nearest file from ``start`` upwards: its path, its text, the table in it, that table's content."""
+    folder = os.path.abspath(start)
+    home = os.path.expanduser("~")
+    while True:
+        file = os.path.join(folder, FILE)
+        if os.path.isfile(file):
+            text = _read(file)
+            return file, text, (), _parsed(file, text)
+        file = os.path.join(folder, PROJECT)
+        if os.path.isfile(file) and (found := _in_project(file)) is not None:
+            return found
+        above = os.path.dirname(folder)
+        if folder in {home, above}:
+            return None
+        folder = above
+
+
+def _in_project(file: str) -> tuple[str, str, tuple[str, ...], Any] | None:
+    text = _read(file)
+    if not re.search(r"\btool\s*\.\s*[\"']?llmkit\b|^\s*\[\s*tool\s*\]", text, re.MULTILINE):
+        return None  # somebody else's file: not even a mistake in it is our business
+    tool = _parsed(file, text).get("tool")
+    if not isinstance(tool, dict) or "llmkit" not in tool:
+        return None
+    return file, text, ("tool", "llmkit"), tool["llmkit"]
+
+
+def _read(file: str) -> str:
+    from pathlib import Path
+
+    try:
+        with open(file, "rb") as source:
+            content = source.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ConfigError(f"longer than {MAX_FILE_BYTES} bytes", file=Path(file))
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=Path(file)) from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError("not UTF-8 text", file=Path(file), line=line) from None
+
+
+def _parsed(file: str, text: str) -> Any:
+    import tomllib
+    from pathlib import Path
+
+    try:
+        return tomllib.loads(text, parse_float=Decimal)
+    except tomllib.TOMLDecodeError as error:
+        message, _, place = str(error).partition(" (at ")
+        number = re.search(r"line (\d+)", place)
+        line = int(number[1]) if number else text.count("\n") + 1 if place else None
+        raise ConfigError(f"not TOML: {shown(message)[1:-1]}", file=Path(file), line=line) from None
+    except (ValueError, ArithmeticError, RecursionError):
+        raise ConfigError("not TOML that can be used: a number too large, or nested too deeply", file=Path(file)) from None
+
+
+# -- what the settings say ---------------------------------------------------------------------------------------------
+
+
+def _providers(tables: Mapping[str, Mapping[str, Any]], blame: _Blame) -> Mapping[str, ProviderEntry]:
+    if not tables:
+        return CATALOG
+    own = {name: _provider(name, table, blame) for name, table in tables.items()}
+    new = {name: entry for name, entry in own.items() if name not in CATALOG}
+    return {**new, **CATALOG, **own}
+
+
+def _provider(name: str, table: Mapping[str, Any], blame: _Blame) -> ProviderEntry:
+    path = ("providers", name)
+    known = CATALOG.get(name)
+    if known is None and "base_url" not in table:
+        near = nearest(name, CATALOG)
+        raise blame(f"providers.{name} needs base_url" + (f"; or did you mean {near}?" if near else ""), path)
+    if known is not None and known.simulated:
+        raise blame("the simulator has no settings", path)
+    entry = known or ProviderEntry(name=name, base_url=table["base_url"])
+    if "base_url" in table and "api_key_env" not in table:
+        try:
+            entry = moved(entry, table["base_url"])
+        except ValueError as error:
+            raise blame(
+                f"{error} and is not sent to another host unasked",
+                (*path, "base_url"),
+                'say which key goes there: api_key_env = "NAME", or "off" for none',
+            ) from None
+    elif "base_url" in table:
+        entry = replace(entry, base_url_env=None)
+    entry = replace(entry, **table)
+    if "api_key_env" in table:
+        entry = replace(entry, key_required=entry.api_key_env is not None and not entry.local)
+    return entry
+
+
+def _budget(request: Mapping[str, Any]) -> BudgetSettings:
+    changes = {f"request_{unit}": value for unit, value in request.items()}
+    return BudgetSettings(**changes, request_usd_set="usd" in request)
+
+
+def _timeouts(table: Mapping[str, Any]) -> Timeouts:
+    limits = {name: value for name, value in table.items() if name != "preset"}
+    base = PRESETS[table["preset"]] if "preset" in table else Timeouts()
+    return replace(base, **limits, first_token_set=limits.get("first_token") is not None) if limits else base
+
+
+def _retry(table: Mapping[str, Any], blame: _Blame) -> RetrySettings:
+    retry = RetrySettings(**table)
+    if retry.initial > retry.maximum:
+        name = "initial" if "initial" in table else "maximum"
+        message = f"retry.initial ({retry.initial:g}) must not be above retry.maximum ({retry.maximum:g})"
+        raise blame(message, ("retry", name))
+    return retry
+
+
+def _without_effect(tree: Mapping[str, Any]) -> tuple[str, ...]:
+    """One sentence for each setting that is read and does nothing yet. A cap that nobody keeps must not look like one."""
+    notices = []
+    budget = tree.get("budget", {})
+    if scopes := [scope for scope in budget if scope not in {"request", "at_limit"} and budget[scope]]:
+        notices.append(f"[budget] {', '.join(scopes)}: not enforced in this version; only request is")
+    if budget.get("at_limit", "error") != "error":
+        notices.append(f'[budget] at_limit = "{budget["at_limit"]}" has no effect in this version; a cap is always an error')
+    if tree.get("cache", {}).get("enabled", bool(tree.get("cache"))):
+        notices.append("[cache] has no effect in this version; nothing is cached")
+    notices += [f"[{table}] has no effect in this version" for table in ("rate_limit", "guardrails", "slo") if tree.get(table)]
+    if names := [name for name, model in tree.get("models", {}).items() if "max_concurrency" in model]:
+        notices.append(f"[models] {', '.join(names)}: max_concurrency has no effect in this version")
+    return tuple(notices)
