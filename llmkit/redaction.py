@@ -1,0 +1,51 @@
+"""Keys out of everything that people or files get to see.
+
+Two nets. The exact one knows the key that was used and takes it out of whatever the server sends back, before it is
+parsed. The wide one knows what keys look like, and goes over the texts of errors.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["REDACTED", "redact", "secret_in", "tidy"]
+
+REDACTED = "[redacted]"
+
+# Shorter "keys" are placeholders for servers that need none ("none", "EMPTY", "ollama"), and also plain words.
+_SHORTEST_SECRET = 8
+
+_KEYLIKE = re.compile(
+    r"""
+    (?P<lead> \bbearer\s+ (?= \S*\d | \S{20} )
+      | (?:x-api-key|api[-_ ]?key|authorization|access[-_]?token)["']?\s*[:=]\s*["']?(?:bearer\s+)? )
+    (?P<value> [^\s"',;&<>]{6,} )
+    | \b(?: (?:sk|gsk|xai|hf|pplx|nvapi|csk|tgp|glpat|ghp|gho|github_pat)[-_] (?=[\w.*-]{8}) [\w.*-]+
+      | AIza[\w-]{20,} | ya29\.[\w-]{10,} | eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)? )
+    | (?<=://) [^/@\s:]*:[^/@\s]+ (?=@)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+def redact(text: str, secret: str | None = None) -> str:
+    """``text`` without ``secret``, and without anything that looks like a key, a token or a password in a URL."""
+    if secret and len(secret) >= _SHORTEST_SECRET:
+        text = text.replace(secret, REDACTED)
+    return _KEYLIKE.sub(_blank, text)
+
+
+def _blank(match: re.Match[str]) -> str:
+    return (match["lead"] or "") + REDACTED
+
+
+def secret_in(key: str | None) -> bytes:
+    """``key`` as bytes to look for in what a server sends; empty for placeholders too short to be secret."""
+    return key.encode() if key and len(key) >= _SHORTEST_SECRET else b""
+
+
+def tidy(text: str, secret: str | None = None, *, limit: int = 500) -> str:
+    """Text from a server, fit for a person: redacted, on one line, no control characters, at most ``limit`` long."""
+    text = _CONTROL.sub(" ", redact(text[: limit * 8], secret)).strip()
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,307 @@
+"""The engine below httpx's interface.
+
+`AiohttpTransport` is an `httpx.AsyncBaseTransport`, so it can stand wherever one is expected, and any other can stand
+in its place. Its engine is aiohttp, since the pool of httpx does work that grows with the square of the calls that
+wait. Beside httpx's one method it has a shorter way, `exchange`, for the one caller that makes thousands of calls to
+the same few URLs: it saves building a request and a response object for each.
+
+Time limits: only the connect limit is kept here (``request.extensions["timeout"]["connect"]``). How long to wait for
+data is the business of llmkit's timeout layer, which knows a first token from a chunk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import ssl
+from typing import TYPE_CHECKING, Protocol
+
+import aiohttp
+import httpx
+from aiohttp.http_exceptions import HttpProcessingError
+from multidict import CIMultiDict
+from yarl import URL
+
+from llmkit.providers.catalog import is_loopback
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+
+__all__ = ["AiohttpTransport", "Exchange", "Prepared"]
+
+_KEEPALIVE_S = 15.0
+_LINGER_S = 0.05  # how long to wait for the end of a body that has said all, so that its connection can be used again
+_FOREIGN = (aiohttp.ClientError, OSError, ValueError, TypeError, RuntimeError, HttpProcessingError)
+
+
+class Exchange(Protocol):
+    """A response whose body is still to be read. Only httpx's exceptions come out of it."""
+
+    status: int
+    headers: Mapping[str, str]
+
+    async def read(self) -> bytes:
+        """What arrives next, as it arrives; empty at the end."""
+
+    async def finish(self) -> None:
+        """Nothing more of the body matters: let the connection be used again if the end is near, else close it."""
+
+    async def aclose(self) -> None:
+        """Close the connection at once, unless the body has been read to its end. Harmless when closed."""
+
+
+class AiohttpExchange:
+    """An `Exchange` over aiohttp."""
+
+    __slots__ = ("_content", "_response", "headers", "status")
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self._content = response.content
+        self.status = response.status
+        self.headers: Mapping[str, str] = response.headers
+
+    async def read(self) -> bytes:
+        try:
+            return await self._content.readany()
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            failure = _broken(error)
+        raise failure
+
+    async def finish(self) -> None:
+        if not self._content.at_eof():
+            try:
+                async with asyncio.timeout(_LINGER_S):
+                    await self._content.readany()
+            except (aiohttp.ClientError, OSError, ValueError):  # OSError: also the time-out
+                pass
+        self._response.close()
+
+    async def aclose(self) -> None:
+        self._response.close()
+
+
+class Prepared:
+    """What all requests to one URL have in common. Its repr shows no header, so tracebacks do not either."""
+
+    __slots__ = ("context", "headers", "proxy", "url")
+
+    def __init__(self, url: URL, headers: CIMultiDict[str], proxy: URL | None, context: ssl.SSLContext | bool) -> None:
+        self.url = url
+        self.headers = headers
+        self.proxy = proxy
+        self.context = context
+
+
+class _Body(httpx.AsyncByteStream):
+    """The body of an `httpx.Response`."""
+
+    def __init__(self, exchange: AiohttpExchange) -> None:
+        self._exchange = exchange
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while data := await self._exchange.read():
+            yield data
+
+    async def aclose(self) -> None:
+        await self._exchange.aclose()
+
+
+class AiohttpTransport(httpx.AsyncBaseTransport):
+    """httpx's transport interface over aiohttp: one session for each event loop, connections kept alive in it.
+
+    Proxies are taken from the environment (``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``), read once
+    for each endpoint, and never used for loopback addresses. Cookies and redirects are not followed.
+
+    Args:
+        verify: an SSL context to use instead of the system's certificates together with certifi's.
+    """
+
+    def __init__(self, verify: ssl.SSLContext | None = None) -> None:
+        self._ssl = verify
+        self._sessions: dict[asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator[None, None]]] = {}
+        self._timeouts: dict[float | None, aiohttp.ClientTimeout] = {}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """httpx's one method. Raises `httpx.TransportError` and its kind, nothing else."""
+        timeout = request.extensions.get("timeout") or {}
+        lines = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw]
+        prepared = self.prepare(str(request.url), lines)
+        prepared.headers.popall("Transfer-Encoding", None)  # aiohttp says it itself
+        exchange = await self.exchange(
+            prepared,
+            prepared.headers,
+            await request.aread(),
+            connect=timeout.get("connect"),
+            method=request.method,
+            decode=False,  # httpx.Response does it
+        )
+        response = exchange._response
+        return httpx.Response(
+            response.status,
+            headers=response.raw_headers,
+            stream=_Body(exchange),
+            extensions={"http_version": b"HTTP/1.1", "reason_phrase": (response.reason or "").encode("latin-1", "replace")},
+        )
+
+    def prepare(self, url: str, headers: list[tuple[str, str]]) -> Prepared:
+        """What all requests to one URL have in common.
+
+        Raises:
+            httpx.UnsupportedProtocol: not an http or https URL, or a proxy that is neither.
+        """
+        try:
+            target = URL(url, encoded=True)
+            port = target.port
+        except ValueError:
+            port = None
+        if port is None or target.scheme not in {"http", "https"} or not target.raw_host:
+            raise httpx.UnsupportedProtocol("not an http or https URL")
+        context = self._context() if target.scheme == "https" else True
+        return Prepared(target, CIMultiDict(headers), _proxy_from_environment(target), context)
+
+    async def exchange(
+        self,
+        prepared: Prepared,
+        headers: CIMultiDict[str],
+        body: bytes,
+        *,
+        connect: float | None = None,
+        method: str = "POST",
+        decode: bool = True,
+    ) -> AiohttpExchange:
+        """Send one request and wait for the head of its response.
+
+        Args:
+            headers: instead of those of ``prepared``.
+            connect: seconds until the connection stands, name look-up and TLS included; None means no limit.
+            decode: whether to unpack a body that the server has compressed unasked.
+
+        Raises:
+            httpx.ConnectTimeout, httpx.ConnectError, httpx.ProxyError, httpx.LocalProtocolError: nothing was sent.
+            httpx.ReadError, httpx.RemoteProtocolError: it was sent, or part of it.
+        """
+        loop = asyncio.get_running_loop()
+        held = self._sessions.get(loop)
+        session = held[0] if held is not None else await self._session(loop)
+        try:
+            response = await session._request(  # what session.post wraps in a context manager
+                method,
+                prepared.url,
+                data=body or None,
+                headers=headers,
+                allow_redirects=False,
+                timeout=self._timeouts.get(connect) or self._timeout(connect),
+                proxy=prepared.proxy,
+                ssl=prepared.context,
+                auto_decompress=decode,
+            )
+            return AiohttpExchange(response)
+        except _FOREIGN as error:
+            failure = _not_sent(error) or _broken(error)
+        # Raised out here, so that it does not hold aiohttp's exception, which holds the headers and the key in them.
+        raise failure
+
+    async def aclose(self) -> None:
+        """Close all connections; those of other loops, too, where these still run."""
+        here = asyncio.get_running_loop()
+        sessions, self._sessions = self._sessions, {}
+        for loop, (session, keeper) in sessions.items():
+            if loop is here:
+                await keeper.aclose()
+                await session.close()
+            elif loop.is_running():
+                asyncio.run_coroutine_threadsafe(session.close(), loop)
+            else:
+                _forget(session)
+
+    async def _session(self, loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
+        for old in [other for other in self._sessions if other.is_closed()]:
+            _forget(self._sessions.pop(old)[0])
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, ttl_dns_cache=60),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),
+            trust_env=False,  # it costs two thread hops a request; see _proxy
+        )
+        keeper = self._closing(loop, session)
+        self._sessions[loop] = (session, keeper)
+        await keeper.__anext__()
+        return session
+
+    async def _closing(self, loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> AsyncGenerator[None, None]:
+        # asyncio.run() ends the generators of its loop before it closes it: the last chance to close connections well.
+        try:
+            yield
+        finally:
+            self._sessions.pop(loop, None)
+            await session.close()
+
+    def _timeout(self, connect: float | None) -> aiohttp.ClientTimeout:
+        timeout = aiohttp.ClientTimeout(total=None, connect=connect, ceil_threshold=math.inf)
+        if len(self._timeouts) < 100:
+            self._timeouts[connect] = timeout
+        return timeout
+
+    def _context(self) -> ssl.SSLContext:
+        if self._ssl is None:
+            import certifi
+
+            self._ssl = ssl.create_default_context()
+            self._ssl.load_verify_locations(certifi.where())
+        return self._ssl
+
+
+def _proxy_from_environment(url: URL) -> URL | None:
+    from urllib.request import getproxies, proxy_bypass
+
+    if is_loopback(str(url)):
+        return None
+    proxies = getproxies()
+    found = proxies.get(url.scheme) or proxies.get("all")
+    if not found or proxy_bypass(f"{url.host}:{url.port}"):
+        return None
+    proxy = URL(found if "://" in found else f"http://{found}")
+    if proxy.scheme not in {"http", "https"}:
+        raise httpx.UnsupportedProtocol(f"a {proxy.scheme} proxy is set in the environment; only http and https proxies work")
+    return proxy
+
+
+def _forget(session: aiohttp.ClientSession) -> None:
+    """Let go of the session of a loop that is closed: its sockets went with the loop."""
+    session.detach()
+
+
+def _not_sent(error: Exception) -> httpx.TransportError | None:
+    """httpx's word for a failure before anything was sent; None if it was sent."""
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return httpx.ConnectTimeout("no connection in time")
+    if isinstance(error, aiohttp.ClientHttpProxyError | aiohttp.ClientProxyConnectionError):
+        return httpx.ProxyError(f"the proxy failed: {_reason(error)}")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return httpx.ConnectError(_reason(error))
+    if isinstance(error, aiohttp.InvalidURL):
+        return httpx.UnsupportedProtocol("not an http or https URL")
+    if isinstance(error, ValueError | TypeError):
+        return httpx.LocalProtocolError(f"cannot be sent: {type(error).__name__}")
+    return None
+
+
+def _broken(error: Exception) -> httpx.TransportError:
+    """httpx's word for a failure after the connection stood."""
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return httpx.RemoteProtocolError("the server closed the connection without an answer")
+    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientResponseError | HttpProcessingError | ValueError):
+        return httpx.RemoteProtocolError("the connection was cut in the middle, or what came is not HTTP")
+    return httpx.ReadError(f"the connection was lost: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """Why, in the words of the operating system: no URL, header or body is in them."""
+    for found in (getattr(error, "os_error", None), getattr(error, "certificate_error", None), error):
+        if isinstance(found, ssl.SSLError | ssl.CertificateError):
+            return f"TLS: {getattr(found, 'verify_message', '') or found.reason or type(found).__name__}"
+        if isinstance(found, OSError) and found.strerror:
+            return os.strerror(found.errno) if found.errno and found.errno > 0 else found.strerror
+    return type(error).__name__
