@@ -47,7 +47,7 @@ _KEY_TEXT = re.compile(
 _MODEL_CODES = frozenset({"model_not_found", "model_not_available", "unknown_model", "deployment_not_found"})
 _MODEL_TEXT = re.compile(
     r"\bmodel\b[^.\n]{0,200}?(?:does not exist|not found|not exist|is not available)|invalid model name|unknown model"
-    r"|no such model", re.IGNORECASE)  # fmt: skip
+    r"|no such model|server is pinned to [^\n]{0,200}; requested", re.IGNORECASE)  # fmt: skip
 _CONTEXT_CODES = frozenset({"context_length_exceeded", "exceed_context_size_error", "string_above_max_length",
                             "context_window_exceeded", "model_context_window_exceeded"})  # fmt: skip
 _CONTEXT_TEXT = re.compile(
@@ -200,7 +200,7 @@ def _special_kind(complaint: Complaint, status: int) -> type[LLMKitError] | None
 
 _NUMBER = r"(\d[\d,_]{0,14})"
 _WINDOW = re.compile(
-    rf"(?:context|model|maximum|max)[ _](?:length|window|size|limit)[^\d\n]{{0,40}}?{_NUMBER}"
+    rf"(?:context|model|maximum|max)[ _](?:length|window|size|limit|model_len)[^\d\n]{{0,40}}?{_NUMBER}"
     rf"|> {_NUMBER}(?: maximum)?|maximum (?:of|is|allowed)[^\d\n]{{0,20}}?{_NUMBER}", re.IGNORECASE)  # fmt: skip
 _TOKENS = re.compile(
     rf"(?:resulted in|requested|passed|contains(?: at least)?|request has|request \(|has|got|length) {{0,1}}{_NUMBER} ?(?:input |prompt )?tokens"
