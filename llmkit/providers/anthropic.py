@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import InvalidRequest
+from llmkit.models.windows import max_output
 from llmkit.providers.wire import ErrorInside, Malformed, Signal, ToolCalls, amount, encoded, merged, parsed
 from llmkit.reply import Chunk, Usage
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_MAX_TOKENS", "AnthropicDecoder", "AnthropicWire", "max_tokens_sent"]
 
 DEFAULT_MAX_TOKENS = 4096
-"""What is sent where neither the call nor the endpoint says how long an answer may be."""
+"""What is sent where neither the call nor the model says how long an answer may be."""
 
 _VERSION = "2023-06-01"
 _RESERVED = frozenset({"messages", "model", "stream", "system"})
@@ -36,8 +37,8 @@ _DATA_URL = re.compile(r"data:([\w.+/-]{1,100});base64,")
 
 
 def max_tokens_sent(call: Call, endpoint: Endpoint) -> int:
-    """The output limit that a request carries: the call's, else the endpoint's (at most `DEFAULT_MAX_TOKENS`)."""
-    return call.params.max_tokens or min(endpoint.max_output or DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS)
+    """The output limit that a request carries: the call's, else the most the model gives, else `DEFAULT_MAX_TOKENS`."""
+    return call.params.max_tokens or max_output(endpoint) or DEFAULT_MAX_TOKENS
 
 
 class AnthropicWire:

@@ -98,7 +98,11 @@ def complaint_of(document: Any) -> Complaint:
     code = error.get("code")
     status = code if type(code) is int and 400 <= code <= 599 else None
     return Complaint(
-        _message(error), _kinds(error) | _kinds(document), status, _count(error.get("n_prompt_tokens")), _count(error.get("n_ctx"))
+        _message(error),
+        _kinds(error) | _kinds(document),
+        status,
+        _count(error.get("n_prompt_tokens")),
+        _count(error.get("n_ctx")),
     )
 
 
@@ -205,16 +209,16 @@ _WINDOW = re.compile(
 _TOKENS = re.compile(
     rf"(?:resulted in|requested|passed|contains(?: at least)?|request has|request \(|has|got|length) {{0,1}}{_NUMBER} ?(?:input |prompt )?tokens"
     rf"|{_NUMBER} tokens >", re.IGNORECASE)  # fmt: skip
-_SUM = re.compile(rf"{_NUMBER} \+ {_NUMBER} >")
+_SUM = re.compile(rf"{_NUMBER} \+ {_NUMBER} > {_NUMBER}")
 
 
 def context_numbers(complaint: Complaint) -> tuple[int | None, int | None]:
     """``(tokens, window)`` as far as the complaint names them."""
     text = complaint.message[:2000]
-    window = complaint.window or _first(_WINDOW.search(text))
     total = _SUM.search(text)
     if total:
-        return _int(total[1]) + _int(total[2]), window
+        return _int(total[1]) + _int(total[2]), _int(total[3])
+    window = complaint.window or _first(_WINDOW.search(text))
     return complaint.tokens or _first(_TOKENS.search(text)), window
 
 
@@ -228,5 +232,3 @@ def _int(digits: str) -> int:
 
 def _count(value: Any) -> int | None:
     return value if type(value) is int and 0 < value < 10**12 else None
-
-

@@ -88,6 +88,9 @@ class EventReader:
             if line[:5] == b"data:":
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
                 self._data_size = _bounded(self._data_size + len(line))
+            elif line == b"data":
+                data.append(b"")
+                self._data_size = _bounded(self._data_size + len(line))
             elif not line and data:
                 payloads.append(data[0] if len(data) == 1 else b"\n".join(data))
                 data.clear()
