@@ -117,7 +117,7 @@ def count_text(endpoint: Endpoint, text: str, *, wait: bool = True) -> Count:
         tokens, whole = _encoded_length(encoding, text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # the encoder's own panic is no Exception
+    except BaseException:  # noqa: BLE001 - the encoder's own panic is no Exception
         log.warning("%s could not count a text of %d characters; it is estimated", name, len(text))
         return Count(estimate(text), exact=False, method=_ESTIMATED)
     return Count(tokens, exact=whole, method=f"{name}" if whole else f"{name}, in pieces")
@@ -137,7 +137,9 @@ def count_messages(endpoint: Endpoint, messages: Sequence[Message], *, wait: boo
     total += other + PRIMING_TOKENS + (TOKENS_PER_MESSAGE + 1) * len(messages)  # a role is one token
     inexact = next((count.method for count in counts if not count.exact), None)
     exact = inexact is None and not other and not is_reasoning(endpoint.model)
-    return Count(total, exact, inexact or f"{encoding_for(endpoint.model)}, {TOKENS_PER_MESSAGE} tokens round a message")
+    return Count(
+        total, exact, inexact or f"{encoding_for(endpoint.model)}, {TOKENS_PER_MESSAGE} tokens round a message"
+    )
 
 
 async def count(endpoint: Endpoint, text: str) -> Count:
@@ -315,8 +317,10 @@ def load(endpoint: Endpoint) -> None:
 _ENCODINGS: dict[str, tuple[str, str, dict[str, int]]] = {
     "cl100k_base": (
         "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-        r"|\s+(?!\S)|\s",
+        (
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+            r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+        ),
         {
             "<|endoftext|>": 100257,
             "<|fim_prefix|>": 100258,
@@ -327,9 +331,11 @@ _ENCODINGS: dict[str, tuple[str, str, dict[str, int]]] = {
     ),
     "o200k_base": (
         "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        (
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+            r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
         {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
     ),
 }

@@ -6,6 +6,8 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from llmkit.models import table
+
 if TYPE_CHECKING:
     from llmkit.endpoint import Endpoint
 
@@ -29,7 +31,7 @@ _MOST_OUTPUT = tuple(
     for pattern, tokens in (
         (r"gpt-5(?:\.\d)?(?:-[a-z]+)*-chat", 16_384),
         (r"gpt-5-pro", 272_000),
-        (r"gpt-5(?:\.[1-5])?(?:-(?:mini|nano|codex|pro|\d{4}))*(?:-|$)", 128_000),
+        (r"gpt-5(?:\.[12])?(?:-(?:mini|nano|codex|pro|\d{4}))*(?:-|$)", 128_000),
         (r"gpt-4\.1", 32_768),
         (r"gpt-4o-2024-05-13", 4_096),
         (r"gpt-4o(?:-mini)?(?:-\d{4}|$)|chatgpt-4o", 16_384),
@@ -58,8 +60,6 @@ def window(endpoint: Endpoint) -> int | None:
     """
     if endpoint.window is not None or endpoint.local or endpoint.simulated:
         return endpoint.window
-    from llmkit.models import table
-
     return table.window(endpoint.provider, endpoint.base_url, endpoint.model)
 
 
