@@ -40,7 +40,8 @@ _QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "b
 _QUOTA_TEXT = re.compile(
     r"credit balance is too low|insufficient (?:balance|credits?|funds)|billing hard limit|budget has been exceeded"
     r"|out of credits", re.IGNORECASE)  # fmt: skip
-_KEY_CODES = frozenset({"invalid_api_key", "authentication_error", "auth_error", "invalid_authentication"})
+_KEY_CODES = frozenset({"invalid_api_key", "authentication_error", "auth_error", "invalid_authentication",
+                        "no_db_connection"})  # fmt: skip  # the last: a LiteLLM proxy without a database, to any other key
 _KEY_TEXT = re.compile(
     r"(?:invalid|incorrect|missing|no|unknown) (?:proxy server token|api[ _-]?key)|api[ _-]?key (?:is )?(?:not valid|invalid)"
     r"|authentication error|did not provide an api key", re.IGNORECASE)  # fmt: skip

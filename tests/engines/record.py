@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--key", help="sent as a bearer token")
     parser.add_argument("--only", nargs="*", metavar="CASE")
+    parser.add_argument("--prefix", default="", help="put before the names of the files")
     parser.add_argument("--without", nargs="*", metavar="CASE", default=[])
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def main() -> None:
         if name in options.without or (options.only and name not in options.only):
             continue
         answer = asked(options.url, path, body, options.key)
-        (options.folder / f"{name}.http").write_bytes(answer)
+        (options.folder / f"{options.prefix}{name}.http").write_bytes(answer)
         print(name, answer.split(b"\n", 1)[0].decode())
 
 

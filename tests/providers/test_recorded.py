@@ -11,7 +11,14 @@ import pytest
 from llmkit.call import Call, Params, messages_from
 from llmkit.clock import SystemClock
 from llmkit.endpoint import Endpoint, Link
-from llmkit.errors import ContextTooLong, InvalidRequest, ModelNotFound, ProviderOverloaded
+from llmkit.errors import (
+    AuthenticationError,
+    ContextTooLong,
+    InvalidRequest,
+    ModelNotFound,
+    ProviderOverloaded,
+    ProviderRateLimited,
+)
 from llmkit.providers.http import Provider
 from llmkit.reply import Usage
 
@@ -90,6 +97,11 @@ ANSWERS = {
     ("transformers", "stream"): ("length", "tiny@main", Usage(13, 12)),
     ("transformers", "stream_without_usage"): ("length", "tiny@main", Usage(13, 12)),
     ("transformers", "stop"): ("stop", "tiny@main", Usage(13, 23)),
+    ("litellm", "complete"): ("stop", "tiny", Usage(10, 20)),
+    ("litellm", "stream"): ("stop", "tiny", Usage(13, 8)),
+    ("litellm", "stream_without_usage"): ("stop", "tiny", None),
+    ("litellm", "messages_complete"): ("stop", "tiny", Usage(2095, 503)),
+    ("litellm", "messages_stream"): ("stop", "tiny", Usage(2095, 503)),  # one document, though a stream was asked for
     # It cuts no prompt, refuses no picture and no temperature below nought: there is nothing to see for a client.
     ("transformers", "overflow"): ("length", "tiny@main", Usage(1808, 12)),
     ("transformers", "overflow_tokens"): ("length", "tiny@main", Usage(1207, 12)),
@@ -122,6 +134,16 @@ ERRORS = {
     ("transformers", "unknown_model"): (ModelNotFound, 400, "requested 'no-such-model'"),
     ("transformers", "no_such_path"): (ModelNotFound, 404, "Not Found"),
     ("transformers", "not_json"): (InvalidRequest, 422, "JSON decode error"),
+    ("litellm", "unknown_model"): (ModelNotFound, 400, "Invalid model name"),
+    ("litellm", "messages_unknown_model"): (ModelNotFound, 400, "Invalid model name"),
+    ("litellm", "no_such_path"): (ModelNotFound, 404, "Not Found"),
+    ("litellm", "no_messages"): (InvalidRequest, 400, "Missing required parameter: 'messages'"),
+    ("litellm", "not_json"): (InvalidRequest, 400, "Invalid JSON payload"),
+    ("litellm", "limited_complete"): (ProviderRateLimited, 429, "mock rate limit error"),
+    ("litellm", "failing_complete"): (ProviderOverloaded, 500, "mock internal server error"),
+    # A key that the proxy does not know is looked for in a database, which it may not have; none at all upsets it.
+    ("litellm", "wrong_key_complete"): (AuthenticationError, 400, "No connected db"),
+    ("litellm", "no_key_complete"): (ProviderOverloaded, 500, "Internal Server Error"),
     # Its errors of any kind are a plain-text 500.
     ("transformers", "bad_type"): (ProviderOverloaded, 500, "Internal Server Error"),
     ("transformers", "no_messages"): (ProviderOverloaded, 500, "Internal Server Error"),
@@ -140,22 +162,23 @@ def test_an_error_is_told_by_its_name(engine, case, size) -> None:
     assert text in caught.value.message
 
 
-# vLLM counts characters before it counts tokens; then it only says that there are "at least" too many.
 OVERFLOWS = {
-    "overflow": (None, 512),
-    "overflow_tokens": (513, 512),
-    "overflow_max_tokens": (None, 512),
-    "messages_overflow": (None, 512),
+    # It counts characters before it counts tokens; then it only says that there are "at least" too many.
+    ("vllm", "overflow"): (None, 512),
+    ("vllm", "overflow_tokens"): (513, 512),
+    ("vllm", "overflow_max_tokens"): (None, 512),
+    ("vllm", "messages_overflow"): (None, 512),
+    ("litellm", "narrow_complete"): (None, None),
 }
 
 
-@pytest.mark.parametrize("case", OVERFLOWS)
-def test_a_context_too_long_has_its_numbers(case) -> None:
+@pytest.mark.parametrize("engine, case", OVERFLOWS)
+def test_a_context_too_long_has_its_numbers(engine, case) -> None:
     with pytest.raises(ContextTooLong) as caught:
-        asked("vllm", case)
-    assert (caught.value.tokens, caught.value.window) == OVERFLOWS[case]
+        asked(engine, case)
+    assert (caught.value.tokens, caught.value.window) == OVERFLOWS[engine, case]
 
 
 def test_every_recording_is_read() -> None:
     recorded = {(path.parent.name, path.stem) for path in FIXTURES.rglob("*.http")}
-    assert recorded == {*ANSWERS, *ERRORS, *(("vllm", case) for case in OVERFLOWS)}
+    assert recorded == {*ANSWERS, *ERRORS, *OVERFLOWS}
