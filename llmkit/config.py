@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from llmkit.call import Timeouts
@@ -24,15 +27,14 @@ from llmkit.errors import ConfigError
 from llmkit.providers.catalog import CATALOG, ProviderEntry, is_loopback, moved
 from llmkit.providers.discovery import Default, find
 from llmkit.route import Routes
-from llmkit.settings import OFF, SETTINGS, check, flat_names, key_inside, nearest, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from llmkit.endpoint import Link
-    from llmkit.settings import Path as SettingPath
+    from llmkit.settings import Place
 
-__all__ = ["OFF", "PRESETS", "BreakerSettings", "BudgetSettings", "Config", "Default", "RetrySettings"]
+__all__ = ["PRESETS", "BreakerSettings", "BudgetSettings", "Config", "Default", "RetrySettings"]
 
 MAX_FILE_BYTES = 1_000_000
 FILE, PROJECT = "llmkit.toml", "pyproject.toml"
@@ -98,7 +100,7 @@ class Config:
         model: the default model as it was set; None where no setting names one (see `default_model`).
         offline: no call may leave this machine.
         providers: every provider by its name, the user's own included.
-        file: the file that was read, as a path; None where there was none.
+        file: the file that was read; None where there was none.
         notices: settings that were read and do nothing in this version, one sentence each.
         environ: where the keys are looked up.
     """
@@ -112,7 +114,7 @@ class Config:
     degraded_text: str | None
     state_url: str
     providers: Mapping[str, ProviderEntry]
-    file: str | None
+    file: Path | None
     notices: tuple[str, ...]
     environ: Mapping[str, str]
     _aliases: tuple[str, ...]
@@ -120,14 +122,16 @@ class Config:
     _sources: tuple[_Source, ...]
 
     @classmethod
-    def load(cls, start: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ, **settings: Any) -> Self:
+    def load(
+        cls, start: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ, **settings: Any
+    ) -> Self:
         """Read the file (from folder ``start`` upwards; by default the current one), the variables, the arguments.
 
         Raises:
             ConfigError: on the first wrong key or value, with its file and line, the nearest right key, or the range.
         """
         sources: list[_Source] = []
-        if (found := _found_file(os.fspath(start) if start is not None else os.getcwd())) is not None:
+        if (found := _found_file(Path.cwd() if start is None else Path(start))) is not None:
             sources.append(_File(*found))
         sources.append(_Variables(environ))
         return cls._made((*sources, _Arguments(settings)), environ)
@@ -200,20 +204,22 @@ class Config:
         source = next((s for s in reversed(self._sources) if "model" in s.tree), None)
         if self.offline:
             if self.model is not None and source is not None and self._stays_here(self.model):
-                return Default(self.model, source.words(("model",)))
+                return Default(self.model, source.label)
             return Default("simulator", "offline: no call leaves this machine")
         if self.model is not None and source is not None:
-            return Default(self.model, source.words(("model",)))
+            return Default(self.model, source.label)
         found = find(self.providers, self.environ)
         if found.model == "simulator" and self.file is not None:
-            return Default("simulator", f"{os.path.basename(self.file)} names no model; no key or local server found")
+            return Default("simulator", f"{self.file.name} names no model; no key or local server found")
         return found
 
     def _stays_here(self, model: str) -> bool:
         return all(link.endpoint.simulated or is_loopback(link.endpoint.base_url) for link in self.route(model))
 
     def __repr__(self) -> str:
-        file = None if self.file is None else os.path.basename(self.file)
+        from llmkit.settings import shown
+
+        file = None if self.file is None else self.file.name
         return f"<Config model={shown(self.model)} file={shown(file)} aliases={list(self._aliases)} offline={self.offline}>"
 
 
@@ -223,127 +229,132 @@ class Config:
 class _Source:
     """One place that settings come from: ``tree`` as checked, and how to say where in it something stands."""
 
-    tree: Mapping[str, Any]
-    file: str | None = None
+    # What may be set is only loaded where something is: most sessions start with nothing but a key.
+    tree: Mapping[str, Any] = MappingProxyType({})
+    file: Path | None = None
     notes: tuple[str, ...] = ()
+    label = "as set here"
 
-    def words(self, path: SettingPath) -> str:
+    def _check(self, tree: Any) -> None:
+        from llmkit.settings import SETTINGS, check
+
+        self.tree = check(tree, SETTINGS, (), self.error)
+
+    def error(self, message: str, path: Place, next_step: str | None = None) -> ConfigError:
         raise NotImplementedError
 
-    def error(self, message: str, path: SettingPath, next_step: str | None = None) -> ConfigError:
-        raise NotImplementedError
-
-    def depth(self, path: SettingPath) -> int:
+    def depth(self, path: Place) -> int:
         """How much of ``path`` stands in this source."""
         node: Any = self.tree
         for depth, name in enumerate(path):
-            if isinstance(node, dict) and name in node:
-                node = node[name]
-            elif isinstance(node, tuple) and isinstance(name, int) and name < len(node):
-                node = node[name]
-            else:
+            in_table = isinstance(node, dict) and name in node
+            if not in_table and not (isinstance(node, tuple) and isinstance(name, int) and name < len(node)):
                 return depth
+            node = node[name]
         return len(path)
 
 
 class _File(_Source):
     """A TOML file, or a table within one."""
 
-    def __init__(self, file: str, text: str, prefix: tuple[str, ...], tree: Any) -> None:
-        self.file: str = file
+    def __init__(self, file: Path, text: str, prefix: tuple[str, ...], tree: Any) -> None:
+        self.file = file
+        self.label = f"from {file.name}"
         self._text = text
         self._prefix = prefix
+        from llmkit.settings import key_inside
+
         if (secret := key_inside(tree)) is not None:
             raise self.error(
                 "this looks like a key or a password, and those never stand in a file",
                 secret,
                 'put it into an environment variable, and the variable\'s name here: api_key_env = "NAME"',
             )
-        self.tree = check(tree, SETTINGS, (), self.error)
+        self._check(tree)
 
-    def words(self, path: SettingPath) -> str:
-        return f"from {os.path.basename(self.file)}"
-
-    def error(self, message: str, path: SettingPath, next_step: str | None = None) -> ConfigError:
-        from pathlib import Path
-
+    def error(self, message: str, path: Place, next_step: str | None = None) -> ConfigError:
         from llmkit.places import line_of
 
         line = line_of(self._text, (*self._prefix, *path))
-        return ConfigError(message, file=Path(self.file), line=line, next_step=next_step)
+        return ConfigError(message, file=self.file, line=line, next_step=next_step)
 
 
 class _Variables(_Source):
     """The ``LLMKIT_*`` variables."""
 
+    label = "from LLMKIT_MODEL"
+
     def __init__(self, environ: Mapping[str, str]) -> None:
         given = {name: environ[name] for name in environ if name.startswith(PREFIX) and name not in _OTHER_VARIABLES}
+        if given:
+            self._read(given)
+
+    def _read(self, given: Mapping[str, str]) -> None:
+        from llmkit.settings import flat_names
+
+        flat = flat_names()
         tree: dict[str, Any] = {}
-        notes = []
-        flat = flat_names() if given else {}
         for name, text in given.items():
             setting = flat.get(name.removeprefix(PREFIX).lower())
             if setting is None:
-                notes += self._unknown(name, flat)
+                self._unknown(name, flat)
             elif text.strip():
                 _put(tree, setting[0], setting[1].parse(text))
-        self.notes = tuple(notes)
-        self.tree = check(tree, SETTINGS, (), self.error)
+        self._check(tree)
 
-    def _unknown(self, name: str, flat: Mapping[str, Any]) -> list[str]:
+    def _unknown(self, name: str, flat: Mapping[str, Any]) -> None:
+        from llmkit.settings import nearest, shown
+
         if name.endswith(("_KEY", "_TOKEN")):  # likely a key that some api_key_env names
-            return []
-        near = nearest(name.removeprefix(PREFIX).lower(), flat, 0.75)
-        if near is None:
-            return [f"{shown(name)[1:-1]} is set, but it is no setting of llmkit"]
-        raise ConfigError(f"there is no setting {shown(name)[1:-1]}; did you mean {PREFIX}{near.upper()}?")
+            return
+        if (near := nearest(name.removeprefix(PREFIX).lower(), flat, 0.75)) is not None:
+            raise ConfigError(f"there is no setting {shown(name)[1:-1]}; did you mean {PREFIX}{near.upper()}?")
+        self.notes = (*self.notes, f"{shown(name)[1:-1]} is set, but it is no setting of llmkit")
 
-    def words(self, path: SettingPath) -> str:
-        return f"from {_variable(path)}"
-
-    def error(self, message: str, path: SettingPath, next_step: str | None = None) -> ConfigError:
-        return ConfigError(f"{_variable(path)}: {message}", next_step=next_step)
+    def error(self, message: str, path: Place, next_step: str | None = None) -> ConfigError:
+        name = PREFIX + "_".join(str(part) for part in path).upper()
+        return ConfigError(f"{name}: {message}", next_step=next_step)
 
 
 class _Arguments(_Source):
     """Keyword arguments, and ``%config``."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
+        given = {name: value for name, value in settings.items() if value is not None}
+        if given:
+            self._read(given)
+
+    def _read(self, given: Mapping[str, Any]) -> None:
+        from llmkit.settings import SETTINGS, flat_names
+
+        flat = flat_names()
         tree: dict[str, Any] = {}
-        flat = flat_names() if settings else {}
-        for name, value in settings.items():
-            if value is None:
-                continue
+        for name, value in given.items():
             if name in SETTINGS:
-                given = _short(value) if name == "timeout" else value
-                tree[name] = _merged(tree.get(name, {}), given, (name,)) if isinstance(given, dict) else given
+                table = _short(value) if name == "timeout" else value
+                tree[name] = _merged(tree.get(name, {}), table, (name,)) if isinstance(table, dict) else table
             elif name in flat:
                 _put(tree, flat[name][0], value)
             else:
                 raise _no_argument(name, flat)
-        self.tree = check(tree, SETTINGS, (), self.error)
+        self._check(tree)
 
-    def words(self, path: SettingPath) -> str:
-        return "as set here"
-
-    def error(self, message: str, path: SettingPath, next_step: str | None = None) -> ConfigError:
+    def error(self, message: str, path: Place, next_step: str | None = None) -> ConfigError:  # noqa: ARG002  the message names it
         return ConfigError(message, next_step=next_step)
 
 
 def _no_argument(name: str, flat: Mapping[str, Any]) -> ConfigError:
+    from llmkit.settings import SETTINGS, nearest, shown
+
     near = nearest(name, [*SETTINGS, *flat])
     return ConfigError(f"there is no setting {shown(name)}" + (f"; did you mean {near}?" if near else ""))
 
 
 def _short(value: Any) -> Any:
     """``timeout=60`` and ``timeout="chat"``, written out."""
-    if isinstance(value, str) and value != OFF:
+    if isinstance(value, str) and value != "off":
         return {"preset": value}
     return dict(value) if hasattr(value, "keys") else {"total": value}
-
-
-def _variable(path: SettingPath) -> str:
-    return PREFIX + "_".join(str(part) for part in path).upper()
 
 
 def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
@@ -374,7 +385,7 @@ class _Blame:
     def __init__(self, sources: Sequence[_Source]) -> None:
         self._sources = sources
 
-    def __call__(self, message: str, path: SettingPath, next_step: str | None = None) -> ConfigError:
+    def __call__(self, message: str, path: Place, next_step: str | None = None) -> ConfigError:
         depth, source = max(((s.depth(path), i) for i, s in enumerate(self._sources)), default=(0, 0))
         if depth == 0:
             return ConfigError(message, next_step=next_step)
@@ -384,25 +395,33 @@ class _Blame:
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def _found_file(start: str) -> tuple[str, str, tuple[str, ...], Any] | None:
+def _found_file(start: Path) -> tuple[Path, str, tuple[str, ...], Any] | None:
     """The nearest file from ``start`` upwards: its path, its text, the table in it, that table's content."""
-    folder = os.path.abspath(start)
-    home = os.path.expanduser("~")
-    while True:
-        file = os.path.join(folder, FILE)
-        if os.path.isfile(file):
+    start = start.absolute()
+    home = None
+    with suppress(RuntimeError):  # a process without a home
+        home = Path.home()
+    for folder in (start, *start.parents):
+        file = folder / FILE
+        if _exists(file):
             text = _read(file)
             return file, text, (), _parsed(file, text)
-        file = os.path.join(folder, PROJECT)
-        if os.path.isfile(file) and (found := _in_project(file)) is not None:
+        file = folder / PROJECT
+        if _exists(file) and (found := _in_project(file)) is not None:
             return found
-        above = os.path.dirname(folder)
-        if folder in {home, above}:
+        if folder == home:
             return None
-        folder = above
+    return None
 
 
-def _in_project(file: str) -> tuple[str, str, tuple[str, ...], Any] | None:
+def _exists(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a folder above that may not be looked into
+        return False
+
+
+def _in_project(file: Path) -> tuple[Path, str, tuple[str, ...], Any] | None:
     text = _read(file)
     if not re.search(r"\btool\s*\.\s*[\"']?llmkit\b|^\s*\[\s*tool\s*\]", text, re.MULTILINE):
         return None  # somebody else's file: not even a mistake in it is our business
@@ -412,35 +431,35 @@ def _in_project(file: str) -> tuple[str, str, tuple[str, ...], Any] | None:
     return file, text, ("tool", "llmkit"), tool["llmkit"]
 
 
-def _read(file: str) -> str:
-    from pathlib import Path
-
+def _read(file: Path) -> str:
     try:
-        with open(file, "rb") as source:
+        with file.open("rb") as source:
             content = source.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            raise ConfigError(f"longer than {MAX_FILE_BYTES} bytes", file=Path(file))
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=Path(file)) from None
+        raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"longer than {MAX_FILE_BYTES} bytes", file=file)
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError("not UTF-8 text", file=Path(file), line=line) from None
+        raise ConfigError("not UTF-8 text", file=file, line=line) from None
 
 
-def _parsed(file: str, text: str) -> Any:
+def _parsed(file: Path, text: str) -> Any:
     import tomllib
-    from pathlib import Path
 
     try:
         return tomllib.loads(text, parse_float=Decimal)
     except tomllib.TOMLDecodeError as error:
+        from llmkit.settings import shown
+
         message, _, place = str(error).partition(" (at ")
         number = re.search(r"line (\d+)", place)
-        line = int(number[1]) if number else text.count("\n") + 1 if place else None
-        raise ConfigError(f"not TOML: {shown(message)[1:-1]}", file=Path(file), line=line) from None
+        line = int(number[1]) if number else text.rstrip().count("\n") + 1 if place else None
+        raise ConfigError(f"not TOML: {shown(message)[1:-1]}", file=file, line=line) from None
     except (ValueError, ArithmeticError, RecursionError):
-        raise ConfigError("not TOML that can be used: a number too large, or nested too deeply", file=Path(file)) from None
+        raise ConfigError("not TOML that can be used: a number too large, or nested too deeply", file=file) from None
 
 
 # -- what the settings say ---------------------------------------------------------------------------------------------
@@ -458,6 +477,8 @@ def _provider(name: str, table: Mapping[str, Any], blame: _Blame) -> ProviderEnt
     path = ("providers", name)
     known = CATALOG.get(name)
     if known is None and "base_url" not in table:
+        from llmkit.settings import nearest
+
         near = nearest(name, CATALOG)
         raise blame(f"providers.{name} needs base_url" + (f"; or did you mean {near}?" if near else ""), path)
     if known is not None and known.simulated:
@@ -507,10 +528,14 @@ def _without_effect(tree: Mapping[str, Any]) -> tuple[str, ...]:
     if scopes := [scope for scope in budget if scope not in {"request", "at_limit"} and budget[scope]]:
         notices.append(f"[budget] {', '.join(scopes)}: not enforced in this version; only request is")
     if budget.get("at_limit", "error") != "error":
-        notices.append(f'[budget] at_limit = "{budget["at_limit"]}" has no effect in this version; a cap is always an error')
+        notices.append(
+            f'[budget] at_limit = "{budget["at_limit"]}" has no effect in this version; a cap is always an error'
+        )
     if tree.get("cache", {}).get("enabled", bool(tree.get("cache"))):
         notices.append("[cache] has no effect in this version; nothing is cached")
-    notices += [f"[{table}] has no effect in this version" for table in ("rate_limit", "guardrails", "slo") if tree.get(table)]
+    notices += [
+        f"[{table}] has no effect in this version" for table in ("rate_limit", "guardrails", "slo") if tree.get(table)
+    ]
     if names := [name for name, model in tree.get("models", {}).items() if "max_concurrency" in model]:
         notices.append(f"[models] {', '.join(names)}: max_concurrency has no effect in this version")
     return tuple(notices)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["line_of", "lines"]
 
-Path = tuple["str | int", ...]
+Place = tuple["str | int", ...]
 
 _SPACE = re.compile(r"(?:[ \t\r\n]+|#[^\n]*)*")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
@@ -23,19 +24,17 @@ _STRING = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\])
 _SCALAR = re.compile(r"[^,\]}#\r\n]+")
 
 
-def line_of(text: str, path: Path) -> int | None:
+def line_of(text: str, path: Place) -> int | None:
     """The 1-based line of ``path`` (names of tables and keys, indices of arrays), or of what comes nearest above it."""
     places = lines(text)
     return next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), None)
 
 
-def lines(text: str) -> dict[Path, int]:
+def lines(text: str) -> dict[Place, int]:
     """The line of every table, key and array item of a valid TOML source."""
     scanner = _Scanner(text)
-    try:
+    with suppress(IndexError, RecursionError):  # not valid after all: what was found until then still helps
         scanner.document()
-    except (IndexError, RecursionError):  # not valid after all: what was found until then still helps
-        pass
     return scanner.found
 
 
@@ -45,12 +44,12 @@ class _Scanner:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
-        self.found: dict[Path, int] = {}
+        self.found: dict[Place, int] = {}
         self._starts = [0, *(match.end() for match in re.finditer("\n", text))]
-        self._arrays: dict[Path, int] = {}
+        self._arrays: dict[Place, int] = {}
 
     def document(self) -> None:
-        table: Path = ()
+        table: Place = ()
         self._skip()
         while self.at < len(self.text):
             if self.text[self.at] == "[":
@@ -63,12 +62,12 @@ class _Scanner:
         match = _SPACE.match(self.text, self.at)
         self.at = match.end() if match else self.at
 
-    def _note(self, path: Path, at: int) -> None:
+    def _note(self, path: Place, at: int) -> None:
         line = bisect_right(self._starts, at)
         for n in range(1, len(path) + 1):
             self.found.setdefault(path[:n], line)
 
-    def _header(self) -> Path:
+    def _header(self) -> Place:
         start = self.at
         double = self.text.startswith("[[", start)
         self.at += 2 if double else 1
@@ -81,9 +80,9 @@ class _Scanner:
         self.at += 2 if double else 1
         return path
 
-    def _inside_arrays(self, names: Path) -> Path:
+    def _inside_arrays(self, names: Place) -> Place:
         """A header below an array of tables means the array's last item, except where it names the array itself."""
-        path: Path = ()
+        path: Place = ()
         for index, name in enumerate(names):
             path = (*path, name)
             if index < len(names) - 1 and path in self._arrays:
@@ -113,7 +112,7 @@ class _Scanner:
         self.at = match.end()
         return match[0]
 
-    def _pair(self, table: Path) -> None:
+    def _pair(self, table: Place) -> None:
         start = self.at
         path = (*table, *self._key())
         self._note(path, start)
@@ -121,7 +120,7 @@ class _Scanner:
         self._skip()
         self._value(path)
 
-    def _value(self, path: Path) -> None:
+    def _value(self, path: Place) -> None:
         char = self.text[self.at]
         if char == "[":
             self._items(path, "]")
@@ -133,7 +132,7 @@ class _Scanner:
             match = _SCALAR.match(self.text, self.at)
             self.at = match.end() if match else self.at + 1
 
-    def _items(self, path: Path, end: str) -> None:
+    def _items(self, path: Place, end: str) -> None:
         self.at += 1
         index = 0
         self._skip()

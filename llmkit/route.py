@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 from llmkit.endpoint import Endpoint, Link, Price
 from llmkit.errors import ConfigError
 from llmkit.providers.catalog import located, moved
-from llmkit.settings import nearest, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from llmkit.providers.catalog import ProviderEntry
-    from llmkit.settings import Fail, Path
+    from llmkit.settings import Fail, Place
 
 __all__ = ["LONGEST", "Routes"]
 
@@ -35,7 +34,11 @@ class Routes:
     """The routes of one configuration. ``models`` and ``entries`` are checked settings; nothing here reads a file."""
 
     def __init__(
-        self, models: Mapping[str, Mapping[str, Any]], entries: Mapping[str, ProviderEntry], environ: Mapping[str, str], fail: Fail
+        self,
+        models: Mapping[str, Mapping[str, Any]],
+        entries: Mapping[str, ProviderEntry],
+        environ: Mapping[str, str],
+        fail: Fail,
     ) -> None:
         self._models = models
         self._entries = entries
@@ -54,6 +57,8 @@ class Routes:
             return known
         parts = [part.strip() for part in names.split(",")]
         if not all(parts):
+            from llmkit.settings import shown
+
             raise ConfigError(f"{shown(names)} is no model: a name is missing")
         links = tuple(link for part in parts for link in self._one(part, (), ()))
         self._bounded(links, names, ())
@@ -61,12 +66,12 @@ class Routes:
             self._known[names] = links
         return links
 
-    def check(self, names: str, path: Path) -> None:
+    def check(self, names: str, path: Place) -> None:
         """Follow the names of a setting at ``path``, so that an error can say where it stands."""
         for part in names.split(","):
             self._one(part.strip(), path, ())
 
-    def _one(self, name: str, path: Path, above: tuple[str, ...]) -> tuple[Link, ...]:
+    def _one(self, name: str, path: Place, above: tuple[str, ...]) -> tuple[Link, ...]:
         if name in above:
             ring = " → ".join((*above[above.index(name) :], name))
             raise self._fail(f"the alias {name} leads back to itself: {ring}", path)
@@ -85,8 +90,10 @@ class Routes:
                 self._bounded(links, name, step)
         return tuple(_limited(link, settings) for link in links)
 
-    def _bounded(self, links: tuple[Link, ...], name: str, path: Path) -> None:
+    def _bounded(self, links: tuple[Link, ...], name: str, path: Place) -> None:
         if len(links) > LONGEST:
+            from llmkit.settings import shown
+
             raise self._fail(f"{shown(name)} has more than {LONGEST} links", path)
 
     def _split(self, name: str) -> tuple[str, str] | None:
@@ -100,18 +107,24 @@ class Routes:
                 return entry.name, name
         return None
 
-    def _endpoint(self, name: str, path: Path) -> Endpoint:
+    def _endpoint(self, name: str, path: Place) -> Endpoint:
         split = self._split(name)
         if split is None:
             raise self._unknown(name, path)
         return _endpoint_at(located(self._entries[split[0]], self._environ), split[1])
 
-    def _unknown(self, name: str, path: Path) -> ConfigError:
+    def _unknown(self, name: str, path: Place) -> ConfigError:
+        from llmkit.settings import nearest, shown
+
         provider, colon, model = name.partition(":")
         if colon and provider in self._entries:
             return self._fail(f"{shown(name)} names no model after the colon", path)
         if colon and (near := nearest(provider, self._entries)):
-            hint = f"; did you mean {near}:{model}?" if shown(model) == repr(model) else f"; did you mean the provider {near}?"
+            hint = (
+                f"; did you mean {near}:{model}?"
+                if shown(model) == repr(model)
+                else f"; did you mean the provider {near}?"
+            )
         elif near := nearest(name, [*self._models, *self._entries]):
             hint = f"; did you mean {near}?" if near in self._models else f"; did you mean {near}:MODEL?"
         else:
@@ -126,21 +139,22 @@ class Routes:
         entry, model = self._provider(alias, settings)
         if entry.simulated and "base_url" in settings:
             raise self._fail("the simulator has no base_url", (*here, "base_url"))
-        if "base_url" in settings:
-            entry = self._moved(entry, settings, here)
-        else:
-            entry = located(entry, self._environ)
+        entry = self._moved(entry, settings, here) if "base_url" in settings else located(entry, self._environ)
         if "api_key_env" in settings:
             named = settings["api_key_env"]
             entry = replace(entry, api_key_env=named, key_required=named is not None and not entry.local)
         price = Price(**settings["price"]) if "price" in settings else None
-        return _endpoint_at(entry, model, price=price, window=settings.get("window"), max_output=settings.get("max_output"))
+        return _endpoint_at(
+            entry, model, price=price, window=settings.get("window"), max_output=settings.get("max_output")
+        )
 
     def _provider(self, alias: str, settings: Mapping[str, Any]) -> tuple[ProviderEntry, str]:
         model = settings["model"]
         if "provider" in settings:
             name = settings["provider"]
             if name not in self._entries:
+                from llmkit.settings import nearest, shown
+
                 near = nearest(name, self._entries)
                 hint = f"; did you mean {near}?" if near else "; describe it in [providers]"
                 raise self._fail(
@@ -152,11 +166,11 @@ class Routes:
         here = ("models", alias, "model")
         if (split := self._split(model)) is None:
             if model in self._models:
-                raise self._fail(f"models.{alias}.model names an alias; write chain = [\"{model}\"]", here)
+                raise self._fail(f'models.{alias}.model names an alias; write chain = ["{model}"]', here)
             raise self._unknown(model, here)
         return self._entries[split[0]], split[1]
 
-    def _moved(self, entry: ProviderEntry, settings: Mapping[str, Any], here: Path) -> ProviderEntry:
+    def _moved(self, entry: ProviderEntry, settings: Mapping[str, Any], here: Place) -> ProviderEntry:
         if "api_key_env" in settings:
             return replace(entry, base_url=settings["base_url"], base_url_env=None)
         try:
@@ -170,7 +184,12 @@ class Routes:
 
 
 def _endpoint_at(
-    entry: ProviderEntry, model: str, *, price: Price | None = None, window: int | None = None, max_output: int | None = None
+    entry: ProviderEntry,
+    model: str,
+    *,
+    price: Price | None = None,
+    window: int | None = None,
+    max_output: int | None = None,
 ) -> Endpoint:
     return Endpoint(
         provider=entry.name,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmkit.errors import ConfigError
 
     Fail = Callable[..., ConfigError]
-    Path = tuple[str | int, ...]
+    Place = tuple[str | int, ...]
 
 __all__ = ["OFF", "SETTINGS", "Rule", "check", "flat_names", "key_inside", "nearest", "shown"]
 
@@ -27,17 +27,27 @@ ANY_NAME = "*"
 REQUIRED = "!"
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_UNITS_B = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS_B = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+_FLAGS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 _ON = frozenset({"context_too_long", "refused"})
 
 # Narrower than what redaction hides: a model may well be called hf-internal-testing/tiny.
-_KEY = re.compile(
-    r"\b(?:sk|gsk|xai|hf|pplx|nvapi|csk|tgp|fw|r8|glpat|gh[opsu]|github_pat)[-_](?=[\w-]*\d)[\w-]{14,}"
-    r"|\bAIza[\w-]{20,}|\bAKIA[A-Z0-9]{12,}|\beyJ[\w-]{8,}\.[\w-]{8,}|\bbearer\s+\S{8,}|://[^/@\s]+@",
-    re.IGNORECASE,
+_KEY = (
+    r"(?i)\b(?:sk|gsk|xai|hf|pplx|nvapi|csk|tgp|fw|r8|glpat|gh[opsu]|github_pat)[-_](?=[\w-]*\d)[\w-]{14,}"
+    r"|\bAIza[\w-]{20,}|\bAKIA[A-Z0-9]{12,}|\beyJ[\w-]{8,}\.[\w-]{8,}|\bbearer\s+\S{8,}|://[^/@\s]+@"
 )
-_KEY_NAMES = re.compile(r"key|secret|password|authorization|token|.*[_-](?:key|token|secret)|(?:api|auth|access).*", re.IGNORECASE)
+_KEY_NAME = r"(?i)key|secret|password|authorization|token|.*[_-](?:key|token|secret)|(?:api|auth|access).*"
 
 
 class Rule:
@@ -91,9 +101,7 @@ class Rule:
                 return text
             return int(number) if self.kind == "integer" and number == number.to_integral_value() else number
         if self.kind == "flag":
-            return {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}.get(
-                text.strip().lower(), text
-            )
+            return _FLAGS.get(text.strip().lower(), text)
         return text.strip()
 
 
@@ -130,7 +138,9 @@ def _text(rule: Rule, value: Any) -> str:
 
 
 def _names(rule: Rule, value: Any) -> frozenset[str]:
-    if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(v, str) and v in rule.choices for v in value):
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise ValueError
+    if not all(isinstance(name, str) and name in rule.choices for name in value):
         raise ValueError
     return frozenset(value)
 
@@ -141,11 +151,11 @@ def _url(_: Rule, value: Any) -> str:
     return base_url_from(value)
 
 
-def _variable(rule: Rule, value: Any) -> str:
+def _variable(_: Rule, value: Any) -> str:
     # What is long and mixes small letters with digits is a key pasted here by mistake.
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", value):
         raise ValueError
-    if _KEY.search(value) or (len(value) >= 20 and re.search(r"[a-z]", value) and re.search(r"\d", value)):
+    if re.search(_KEY, value) or (len(value) >= 20 and re.search(r"[a-z]", value) and re.search(r"\d", value)):
         raise ValueError
     return value
 
@@ -200,7 +210,9 @@ _FLAG = Rule("flag", words="true or false")
 _MODEL = Rule("text", words='"provider:model", an alias, or several of them with commas between', high="500")
 _TEXT = Rule("text", words="text")
 _URL = Rule("url", words="a URL such as http://127.0.0.1:8000/v1")
-_VARIABLE = Rule("variable", words=f'the name of an environment variable (never a key itself), or "{OFF}" for no key', off=True)
+_VARIABLE = Rule(
+    "variable", words=f'the name of an environment variable (never a key itself), or "{OFF}" for no key', off=True
+)
 _ANY = Rule("any")
 _CAP = {"usd": _USD, "tokens": _TOKENS}
 _OPEN_TABLE = {ANY_NAME: _ANY}
@@ -313,7 +325,7 @@ def flat_names() -> dict[str, tuple[tuple[str, ...], Rule]]:
     return found
 
 
-def check(value: Any, rule: Any, path: Path, fail: Fail) -> Any:
+def check(value: Any, rule: Any, path: Place, fail: Fail) -> Any:
     """``value`` in its one form, as ``rule`` (a part of `SETTINGS`) allows it.
 
     Raises:
@@ -331,7 +343,7 @@ def check(value: Any, rule: Any, path: Path, fail: Fail) -> Any:
         raise fail(f"{_dotted(path)} must be {error.args[0] if error.args else rule}{got}", path) from None
 
 
-def _table(value: Any, rules: Mapping[str, Any], path: Path, fail: Fail) -> dict[str, Any]:
+def _table(value: Any, rules: Mapping[str, Any], path: Place, fail: Fail) -> dict[str, Any]:
     if not isinstance(value, dict):
         keys = ", ".join(name for name in rules if name not in {ANY_NAME, REQUIRED})
         raise fail(f"{_dotted(path)} must be a table{f' of {keys}' if keys else ''}, not {shown(value)}", path)
@@ -350,25 +362,27 @@ def _table(value: Any, rules: Mapping[str, Any], path: Path, fail: Fail) -> dict
     return checked
 
 
-def _check_name(name: object, path: Path, fail: Fail) -> None:
+def _check_name(name: object, path: Place, fail: Fail) -> None:
     if not isinstance(name, str) or not re.fullmatch(_NAME, name):
         words = "letters, digits, dot, dash and underscore"
-        raise fail(f"{_dotted(path)}: a name there is made of {words} (at most 64), not {shown(name)}", (*path, str(name)))
+        raise fail(
+            f"{_dotted(path)}: a name there is made of {words} (at most 64), not {shown(name)}", (*path, str(name))
+        )
 
 
-def _unknown(name: str, rules: Mapping[str, Any], path: Path, fail: Fail) -> ConfigError:
+def _unknown(name: str, rules: Mapping[str, Any], path: Place, fail: Fail) -> ConfigError:
     where = f"[{_dotted(path)}]" if path else "the settings"
     names = [key for key in rules if key not in {ANY_NAME, REQUIRED}]
     here = (*path, name)
-    if not nearest(name, names) and _KEY_NAMES.fullmatch(str(name)):
-        step = "put the key into an environment variable, and the variable's name here: api_key_env = \"NAME\""
+    if not nearest(name, names) and re.fullmatch(_KEY_NAME, str(name)):
+        step = 'put the key into an environment variable, and the variable\'s name here: api_key_env = "NAME"'
         return fail(f"{where} has no {shown(name)}: keys never stand in settings", here, step)
     near = nearest(name, names)
     hint = f"; did you mean {near}?" if near else f"; there are {', '.join(names)}"
     return fail(f"{where} has no {shown(name)}{hint}", here, f"keys of {where}: {', '.join(names)}")
 
 
-def _chain(value: Any, path: Path, fail: Fail) -> tuple[dict[str, Any], ...]:
+def _chain(value: Any, path: Place, fail: Fail) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= 20:
         raise fail(f"{_dotted(path)} must be {CHAIN.words}, 1 to 20 of them", path)
     links = []
@@ -378,17 +392,17 @@ def _chain(value: Any, path: Path, fail: Fail) -> tuple[dict[str, Any], ...]:
     return tuple(links)
 
 
-def key_inside(value: Any, path: Path = ()) -> Path | None:
+def key_inside(value: Any, path: Place = ()) -> Place | None:
     """The path to the first text, name or value, that looks like a key or a password; None where there is none."""
     if isinstance(value, str):
-        return path if _KEY.search(value) else None
+        return path if re.search(_KEY, value) else None
     items: Any = ()
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list | tuple):
         items = enumerate(value)
     for name, item in items:
-        if isinstance(name, str) and _KEY.search(name):
+        if isinstance(name, str) and re.search(_KEY, name):
             return (*path, name)
         if (found := key_inside(item, (*path, name))) is not None:
             return found
@@ -415,14 +429,17 @@ def shown(value: object) -> str:
         text = repr(value) if isinstance(value, str) else str(value)
     except ValueError:  # Python refuses to write out integers of thousands of digits
         return "a very large number"
-    if _KEY.search(text):
+    if re.search(_KEY, text):
         return "(hidden: it looks like a key)"
     return redact(text if len(text) <= 80 else f"{text[:79]}…")
 
 
-def _dotted(path: Path) -> str:
+def _dotted(path: Place) -> str:
     if not path:
         return "the settings"
-    # A name is quoted by whoever wrote it, so it can hold anything: show it as carefully as a value.
-    parts = [f"[{p}]" if isinstance(p, int) else f".{p}" if re.fullmatch(_NAME, p) and not _KEY.search(p) else f".{shown(p)}" for p in path]
-    return "".join(parts).removeprefix(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{_named(part)}" for part in path).removeprefix(".")
+
+
+def _named(name: str) -> str:
+    """A name as it is where that is harmless; a quoted one can hold anything, so it is shown as carefully as a value."""
+    return name if re.fullmatch(_NAME, name) and not re.search(_KEY, name) else shown(name)

@@ -115,7 +115,14 @@ _ENTRIES = (
         bare_models=r"claude-",
     ),
     _hosted("gemini", "https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY", "gemini-2.5-flash"),
-    _hosted("mistral", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "mistral-small-latest", "no_stream_options", "random_seed"),
+    _hosted(
+        "mistral",
+        "https://api.mistral.ai/v1",
+        "MISTRAL_API_KEY",
+        "mistral-small-latest",
+        "no_stream_options",
+        "random_seed",
+    ),
     _hosted("deepseek", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", "deepseek-chat"),
     _hosted("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", "llama-3.3-70b-versatile"),
     _hosted("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "openai/gpt-5-mini"),
@@ -205,7 +212,7 @@ def _completed(value: str, base_url: str) -> str:
         return _reachable(value)
     usual = urlsplit(base_url)
     address, slash, path = value.partition("/")
-    host, colon, port = address.rpartition(":") if re.search(r":\d*$", address) and address != "::1" else (address, "", "")
+    host, _, port = address.rpartition(":") if re.search(r":\d*$", address) and address != "::1" else (address, "", "")
     host = f"[{host}]" if ":" in host and not host.startswith("[") else host
     return _reachable(f"{usual.scheme}://{host or usual.hostname}:{port or usual.port}{slash}{path}")
 

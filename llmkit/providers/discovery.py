@@ -30,9 +30,9 @@ MAX_BYTES = 256 * 1024
 """The longest answer that is read."""
 
 # What a server calls its model ends up in a notebook: only what cannot be mistaken for anything else gets there.
-_MODEL_ID = re.compile(r"[A-Za-z0-9~./][A-Za-z0-9~._/:@+-]{0,199}")
-_NOT_FOR_CHAT = re.compile(r"embed|rerank|whisper|bge-|minilm", re.IGNORECASE)
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[^\r\n]*)?\r\n")
+_MODEL_ID = r"[A-Za-z0-9~./][A-Za-z0-9~._/:@+-]{0,199}"
+_NOT_FOR_CHAT = r"(?i)embed|rerank|whisper|bge-|minilm"
+_CHUNK = rb"([0-9A-Fa-f]{1,8})(?:;[^\r\n]*)?\r\n"
 
 
 class Default(NamedTuple):
@@ -211,7 +211,7 @@ class _Probe:
         except BlockingIOError:
             return
         self._received += data
-        if len(self._received) > MAX_BYTES:
+        if len(self._received) > MAX_BYTES or not b"HTTP/1.".startswith(self._received[:7]):
             self.close()
             return
         body, whole = _body(bytes(self._received))
@@ -250,7 +250,8 @@ def _body(received: bytes) -> tuple[bytes | None, bool]:
 def _unchunked(body: bytes) -> tuple[bytes | None, bool]:
     parts: list[bytes] = []
     at = 0
-    while match := _CHUNK.match(body, at):
+    chunk = re.compile(_CHUNK)
+    while match := chunk.match(body, at):
         size = int(match[1], 16)
         if size == 0:
             return b"".join(parts), True
@@ -273,6 +274,6 @@ def _models(body: bytes) -> list[tuple[str, str]]:
     found = []
     for item in data:
         name = item.get("id") if isinstance(item, dict) else None
-        if isinstance(name, str) and _MODEL_ID.fullmatch(name) and not _NOT_FOR_CHAT.search(name):
+        if isinstance(name, str) and re.fullmatch(_MODEL_ID, name) and not re.search(_NOT_FOR_CHAT, name):
             found.append((name, str(item.get("owned_by", ""))[:64]))
     return found
