@@ -1,0 +1,204 @@
+"""What stands on the first line of a ``%%llm`` cell, checked before anything is sent."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from dataclasses import dataclass, field
+from keyword import iskeyword
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from IPython.core.magic_arguments import MagicArgumentParser
+
+from llmkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["FORMATS", "CellLine", "documented", "parse"]
+
+FORMATS = ("markdown", "text", "json", "code", "html")
+HELP = "%%llm? shows every option with an example"
+
+# Promised for later, so neither unknown nor misspelt.
+LATER = ("--chat", "--schema", "--image", "--cache", "--repeat", "--tier", "--plan")
+
+DESCRIPTION = """%%llm [NAME <<] [options]
+
+Ask a model; the rest of the cell is the prompt. The answer streams into the cell.
+{{ name }} and {% … %} are filled in from the notebook's own variables (Jinja); all other braces stay as they are.
+
+Example::
+
+    %%llm answer << -m gpt-5-mini -t 0 --max-cost 0.01
+    What stands out in this table? {{ df.head() }}
+"""
+
+_NAMED = re.compile(r"""\s*(?P<name>[^\s<"'-][^\s<]*)?\s*<<(?P<rest>.*)""", re.DOTALL)
+_SINGLE_DASH_WORD = re.compile(r"-[A-Za-z][A-Za-z-]+[^\s]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellLine:
+    """A checked cell line.
+
+    Attributes:
+        names: variables that are to hold the reply.
+        options: arguments of `llmkit.Client.stream`, as far as they were given.
+        format: one of `FORMATS`; None where none was given.
+        quiet: show nothing. stream: let the wire stream. raw: the prompt is no template.
+    """
+
+    names: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    format: str | None = None
+    quiet: bool = False
+    stream: bool = True
+    raw: bool = False
+
+
+class _Parser(MagicArgumentParser):
+    """IPython's parser, with llmkit's errors."""
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): ", r"\1: ", message)
+        raise ConfigError(f"%%llm: {message}", next_step=HELP)
+
+
+def _converted(option: str, convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError:
+            raise ConfigError(f"{option} is {what}, not {text!r:.60}", next_step=HELP) from None
+
+    return read
+
+
+def _seconds_or_preset(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # a preset, or what `Options` refuses in its own words
+
+
+def _escaped(text: str) -> str:
+    return text.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
+def _tag(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError
+    return key, value
+
+
+def _name(text: str) -> str:
+    if not text.isidentifier() or iskeyword(text):
+        raise ConfigError(f"{text!r:.60} cannot be the name of a variable", next_step="%%llm answer << …")
+    return text
+
+
+def _parser() -> _Parser:
+    parser = _Parser("%%llm", description=DESCRIPTION)  # type: ignore[no-untyped-call]
+    parser.allow_abbrev = False  # `--max` must not mean whatever begins so today
+    add = parser.add_argument
+    add("-m", "--model", help="provider:model, an alias, or several with commas: a chain. -m gpt-5-mini,local")
+    add("-s", "--system", help='system prompt; a template, too. -s "You are terse."')
+    add("-o", "--output", metavar="NAME", help="variable for the reply, as NAME << does. -o answer")
+    number = _converted("-t", float, "a number")
+    add("-t", "--temperature", type=number, help="0 to 2; 0 is the least random. -t 0.2")
+    whole = _converted("--max-tokens", int, "a whole number")
+    add("--max-tokens", type=whole, metavar="N", help="most output tokens, reasoning included. --max-tokens 500")
+    add("--max-cost", metavar="USD", help="what this cell may cost, all attempts together. --max-cost 0.01")
+    seed = _converted("--seed", int, "a whole number")
+    add("--seed", type=seed, metavar="N", help="ask for repeatable sampling, where the model can. --seed 7")
+    add(
+        "--stop",
+        type=_escaped,
+        action="append",
+        metavar="TEXT",
+        help=r"end the answer here; may be repeated. --stop '\n'",
+    )
+    add("--user", help="whom the cost is booked for. --user ana")
+    tag = _converted("--tag", _tag, "KEY=VALUE")
+    add(
+        "--tag", type=tag, action="append", metavar="K=V", help="what it is booked for; may be repeated. --tag app=docs"
+    )
+    preset = "SECONDS|chat|code"
+    add("--timeout", type=_seconds_or_preset, metavar=preset, help="time for the whole call. --timeout 20")
+    add("--format", choices=FORMATS, help="how the answer is shown; HTML is shown as source, never run. --format json")
+    add("--quiet", action="store_true", help="show nothing; errors still show. answer << --quiet")
+    add("--no-stream", action="store_true", help="ask for the answer in one piece. --no-stream")
+    add("--raw", action="store_true", help="no template: {{ and {%% stay as they are. --raw")
+    return parser
+
+
+_PARSER = _parser()
+
+
+def documented(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``%%llm?`` show every option."""
+    function.__doc__ = _PARSER.format_help()
+    return function
+
+
+def parse(line: str) -> CellLine:
+    """Read the line.
+
+    Raises:
+        ConfigError: an unknown option (with the nearest one), a value of the wrong kind, a name that cannot be one.
+    """
+    names, rest = _target(line)
+    words = _split(rest)
+    _refuse_unknown([word for word in words if _SINGLE_DASH_WORD.fullmatch(word)])
+    given, extra = _PARSER.parse_known_args(words)
+    _refuse_unknown(extra)
+    if given.output is not None:
+        names += (_name(given.output),)
+    options = {name: getattr(given, name) for name in ("model", "system", "temperature", "max_tokens", "seed", "user")}
+    options |= {"max_cost": given.max_cost, "stop": given.stop, "timeout": given.timeout}
+    options["tags"] = dict(given.tag) if given.tag else None
+    return CellLine(
+        names=tuple(dict.fromkeys(names)),
+        options={name: value for name, value in options.items() if value is not None},
+        format=given.format,
+        quiet=given.quiet,
+        stream=not given.no_stream,
+        raw=given.raw,
+    )
+
+
+def _target(line: str) -> tuple[tuple[str, ...], str]:
+    """The name before ``<<``, if there is one, and what follows."""
+    match = _NAMED.fullmatch(line)
+    if match is None:
+        return (), line
+    if match["name"] is None:
+        raise ConfigError("<< needs the name of a variable before it", next_step="%%llm answer << …")
+    return (_name(match["name"]),), match["rest"]
+
+
+def _split(text: str) -> list[str]:
+    # Not IPython's arg_split: that one leaves the quotes on.
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"%%llm: {str(error).lower()}", next_step='close the quotes; a quote itself is \\"') from None
+
+
+def _refuse_unknown(words: Sequence[str]) -> None:
+    if not words:
+        return
+    option = next((word for word in words if word.startswith("-")), None)
+    if option is None:
+        message = f"%%llm: {words[0]!r:.60} is no option"
+        raise ConfigError(message, next_step="the prompt begins on the next line; commands are %llm with one %")
+    option = option.partition("=")[0]
+    if option in LATER:
+        raise ConfigError(f"%%llm: {option} is not in this version yet", next_step=HELP)
+    known = [*_PARSER._option_string_actions, *LATER]
+    near = difflib.get_close_matches(option, known, 1) or difflib.get_close_matches(f"-{option}", known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"%%llm: there is no option {option:.60}{hint}", next_step=HELP)

@@ -1,0 +1,228 @@
+"""One call, watched from the cell: what happens is drawn while it happens, and an interrupt ends it.
+
+The call runs on llmkit's background loop. The cell's thread waits here for what it reports, and draws at most ten
+times a second, however fast text arrives.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import LLMKitError
+from llmkit.events import AttemptEnded, AttemptStarted, FellBack, Waiting
+from llmkit.notebook import footer
+from llmkit.redaction import tidy
+from llmkit.reply import Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from decimal import Decimal
+
+    from llmkit.call import Attempt
+    from llmkit.client import AsyncClient
+    from llmkit.notebook.display import View
+    from llmkit.portal import Portal
+
+__all__ = ["Interrupted", "ask"]
+
+TICK_S = 0.1
+"""Seconds between two looks at what has arrived; also the shortest time between two drawings."""
+CHARACTERS_PER_TICK = 20_000
+"""Each drawing sends the whole text, so longer texts are drawn less often."""
+LONGEST_PAUSE_S = 2.0
+SHOWN_WAIT_S = 1.0
+"""Waits from here on are counted down."""
+QUIET_S = 2.0
+"""Nobody needs to be told the seconds of a shorter wait."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The kernel was interrupted during a cell. ``reply`` holds what had arrived, or is None."""
+
+    def __init__(self, reply: Reply | None, spent: Decimal | None, *, sent: bool) -> None:
+        super().__init__("interrupted; the connection is closed")
+        self.reply = reply
+        self.spent = spent
+        self.sent = sent
+
+    def block(self) -> str:
+        lines = [f"Interrupted: {'the connection is closed' if self.sent else 'nothing was sent'}"]
+        if self.sent:
+            cost = "unknown" if self.spent is None else footer.money(self.spent) if self.spent else "nothing"
+            estimated = self.reply is None or self.reply.usage is None or self.reply.usage.estimated
+            lines.append(
+                f"spent: {cost}" + (" (counted here; the provider may bill more)" if estimated and self.spent else "")
+            )
+        if self.reply is not None and self.reply.text:
+            lines.append(f"kept: {len(self.reply.text)} characters of the answer, above and in the variable")
+        return "\n".join(lines)
+
+    def _render_traceback_(self) -> list[str]:
+        return self.block().split("\n")
+
+
+def ask(
+    portal: Portal, client: AsyncClient, prompt: str, options: dict[str, Any], view: View, *, stream: bool
+) -> Reply:
+    """Ask, draw, and give back the whole reply.
+
+    Raises:
+        LLMKitError: as `AsyncClient.complete`; what had arrived stays on the screen and in ``error.reply``.
+        Interrupted: the same, when the kernel was interrupted.
+    """
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    progress = _Progress(options["model"], time.monotonic)
+
+    async def work() -> None:
+        try:
+            if stream:
+                reply = await client.stream(prompt, on_event=inbox.put, **options)
+            else:
+                reply = await client.complete(prompt, on_event=inbox.put, **options)
+            reply._portal = portal
+            inbox.put(reply)
+            await reply.read()
+        finally:
+            inbox.put(None)
+
+    job = portal.start(work())
+    try:
+        _watch(inbox, progress, view)
+        job.result()
+    except KeyboardInterrupt:
+        job.cancel()
+        raise _interrupted(inbox, progress, view) from None
+    except LLMKitError as error:
+        _show_failure(error, progress, view)
+        raise
+    except BaseException:
+        job.cancel()
+        view.done(None, footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings))
+        raise
+    reply = progress.reply
+    assert reply is not None
+    view.done(reply, footer.of_reply(reply, timings=view.timings))
+    return reply
+
+
+def _watch(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> None:
+    """Draw until the call has ended."""
+    pace = _Pace(time.monotonic)
+    while True:
+        try:
+            news = inbox.get(timeout=TICK_S)
+        except Empty:
+            news = False
+        if news is None:
+            return
+        if news:
+            progress.hear(news)
+        if not pace.due():
+            continue
+        text = progress.text()
+        if text:
+            view.growing(text, progress.status())
+        elif news is False:  # a quick answer needs no status before it
+            view.waiting(progress.status())
+        pace.drawn(len(text))
+
+
+class _Pace:
+    """When the next drawing is due."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._next = now()
+
+    def due(self) -> bool:
+        return self._now() >= self._next
+
+    def drawn(self, characters: int) -> None:
+        self._next = self._now() + min(LONGEST_PAUSE_S, TICK_S * max(1.0, characters / CHARACTERS_PER_TICK))
+
+
+class _Progress:
+    """What is known so far of the call, in words."""
+
+    def __init__(self, model: str, now: Callable[[], float]) -> None:
+        self.reply: Reply | None = None
+        self.attempts: list[Attempt] = []
+        self.sent = False
+        self._now = now
+        self._began = now()
+        self._since = self._began
+        self._what = f"waiting for {tidy(model, limit=100)} …"
+        self._until: float | None = None
+        self._before = ""
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._now() - self._began
+
+    def hear(self, news: object) -> None:
+        """Take in an event, or the reply at its first token."""
+        if isinstance(news, Reply):
+            self.reply = news
+            self._tell(f"{tidy(news.model, limit=100)} is answering …")
+        elif isinstance(news, AttemptStarted):
+            self.sent = True
+            again = f", attempt {news.number}" if news.number > 1 else ""
+            self._tell(f"{self._before}waiting for {news.endpoint}{again} …")
+        elif isinstance(news, AttemptEnded):
+            self.attempts.append(news.attempt)
+        elif isinstance(news, Waiting):
+            self._tell(tidy(news.reason, limit=160))
+            self._until = self._now() + news.seconds if news.seconds >= SHOWN_WAIT_S else None
+        elif isinstance(news, FellBack):
+            self._before = f"fell back from {news.endpoint} ({news.reason.partition(':')[0]}); "
+            self._tell(f"{self._before}waiting for {news.to} …")
+
+    def _tell(self, what: str) -> None:
+        self._what = what
+        self._since = self._now()
+        self._until = None
+
+    def text(self) -> str:
+        return self.reply.text if self.reply is not None else ""
+
+    def status(self) -> str:
+        if self._until is not None:
+            left = max(0, math.ceil(self._until - self._now()))
+            return f"{self._what}; retrying in {left} s"
+        elapsed = self._now() - self._since
+        return f"{self._what} {elapsed:.0f} s" if elapsed >= QUIET_S else self._what
+
+
+def _drain(inbox: SimpleQueue[Any], progress: _Progress) -> None:
+    while True:
+        try:
+            news = inbox.get_nowait()
+        except Empty:
+            return
+        if news is not None:
+            progress.hear(news)
+
+
+def _show_failure(error: LLMKitError, progress: _Progress, view: View) -> None:
+    reply = error.reply if error.reply is not None and error.reply.text else None
+    if reply is None:
+        view.done(None, footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings))
+    else:
+        view.done(reply, footer.of_reply(reply, timings=view.timings))
+
+
+def _interrupted(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> Interrupted:
+    _drain(inbox, progress)
+    reply = progress.reply
+    if reply is None or not reply.text:
+        parts = footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings)
+        view.done(None, [*parts, footer.Part("interrupted", warns=True)])
+        costs = [attempt.cost_usd for attempt in progress.attempts]
+        known = [cost for cost in costs if cost is not None]
+        spent = sum(known[1:], known[0]) if costs and len(known) == len(costs) else None
+        return Interrupted(None, spent, sent=progress.sent)
+    view.done(reply, footer.of_reply(reply, interrupted=True, timings=view.timings))
+    return Interrupted(reply, reply.cost_usd, sent=True)

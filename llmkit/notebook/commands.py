@@ -1,0 +1,233 @@
+"""``%llm``: one line for everything beside asking."""
+
+# ruff: noqa: T201 - commands print
+
+from __future__ import annotations
+
+import difflib
+from datetime import datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import ConfigError
+from llmkit.notebook.footer import money
+from llmkit.redaction import tidy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmkit.layers.breaker import Circuit
+    from llmkit.notebook.magics import LLMMagics
+
+__all__ = ["run"]
+
+# Promised for later, so neither unknown nor misspelt.
+LATER = ("budget", "cache", "show", "report", "dashboard", "record", "replay", "live", "doctor")
+
+HELP = """\
+%llm                               what is in force: model, caps, spending, circuits
+%llm models                        aliases and providers
+%llm use MODEL[,FALLBACK…]         the model of the cells that follow
+%llm breakers                      the circuit of every endpoint used
+%llm breakers reset [ENDPOINT]     close them, or one
+%llm breakers isolate ENDPOINT     admit no call until reset
+%llm calls [N]                     the newest calls of the ledger, as a DataFrame
+%llm why [REQUEST_ID]              the life of one call; without an id, of the last one
+%%llm                              a prompt cell; %%llm? shows its options
+%config LLMMagics                  the settings of all cells
+%reload_ext llmkit                 read llmkit.toml and the environment again"""
+
+
+def run(magics: LLMMagics, line: str) -> Any:
+    """Run one command; what it returns is the cell's value.
+
+    Raises:
+        ConfigError: no such command (with the nearest one), or not with these words.
+    """
+    name, *words = line.split() or ["status"]
+    command = _COMMANDS.get(name)
+    if command is not None:
+        return command(magics, words)
+    if name in LATER:
+        raise ConfigError(f"%llm {name} is not in this version yet", next_step="%llm help lists what is")
+    near = difflib.get_close_matches(name, [*_COMMANDS, *LATER], 1)
+    hint = f"; did you mean %llm {near[0]}?" if near else ""
+    step = "%llm help lists them all; a prompt stands in a cell of its own, below %%llm"
+    raise ConfigError(f"there is no command %llm {name:.60}{hint}", next_step=step)
+
+
+def _no_more(words: list[str], usage: str) -> None:
+    if words:
+        raise ConfigError(f"{words[0]!r:.60} has no place here", next_step=f"write {usage}")
+
+
+def _help(_: LLMMagics, words: list[str]) -> None:
+    _no_more(words, "%llm help")
+    print(HELP)
+
+
+# -- what is in force ------------------------------------------------------------------------------------------------
+
+
+def _status(magics: LLMMagics, words: list[str]) -> None:
+    _no_more(words, "%llm")
+    session = magics.session
+    chosen = f"{magics.model} (chosen here)" if magics.model else str(session.default)
+    lines = [("model", chosen), ("caps", _caps(magics)), ("spent", _spent(magics))]
+    unwell = [circuit for circuit in session.client.circuits if circuit.state != "closed"]
+    lines.append(("circuits", "; ".join(_circuit(circuit) for circuit in unwell) or "all closed"))
+    if session.config.file:
+        lines.append(("settings", str(session.config.file)))
+    lines.append(("ledger", session.client.ledger.location))
+    notices = [*session.config.notices, *filter(None, [session.client.ledger.notice])]
+    lines += [("note", notice) for notice in notices]
+    print("\n".join(f"{name:<10}{text}" for name, text in lines))
+
+
+def _caps(magics: LLMMagics) -> str:
+    if magics.max_cost is not None:
+        return f"cap ${magics.max_cost} a cell (as %config says)"
+    return magics.session.caps()
+
+
+def _spent(magics: LLMMagics) -> str:
+    """What the calls of this kernel have cost, from the ledger."""
+    from llmkit.state.owner import current_owner
+
+    rows = magics.session.client.ledger.calls(since=magics.session.started)
+    mine = [row for row in rows if row["owner"] == current_owner()]
+    costs = [row["cost_usd"] for row in mine]
+    total = sum((cost for cost in costs if cost is not None), Decimal(0))
+    unknown = sum(cost is None for cost in costs)
+    calls = f"{len(mine)} call{'' if len(mine) == 1 else 's'}"
+    return f"{money(total)} in this session, {calls}" + (f", {unknown} of unknown cost" if unknown else "")
+
+
+def _models(magics: LLMMagics, words: list[str]) -> None:
+    _no_more(words, "%llm models")
+    config = magics.session.config
+    lines = [f"in use: {magics.model or magics.session.default}"]
+    if aliases := config.aliases():
+        lines += ["", "aliases"]
+        lines += [f"  {name}: {' → '.join(link.endpoint.name for link in links)}" for name, links in aliases.items()]
+    lines += ["", "providers (a model is PROVIDER:MODEL)"]
+    for entry in config.providers.values():
+        if entry.api_key_env is None:
+            state = "the simulator, nothing is billed" if entry.simulated else f"no key needed, {entry.base_url}"
+        else:
+            state = f"{entry.api_key_env} is {'set' if config.environ.get(entry.api_key_env, '').strip() else 'not set'}"
+        lines.append(f"  {entry.name}: {state}")
+    print("\n".join(lines))
+
+
+def _use(magics: LLMMagics, words: list[str]) -> None:
+    model = ",".join("".join(words).split(","))
+    if not model:
+        raise ConfigError("which model?", next_step="%llm use MODEL[,FALLBACK…]; %llm models lists them")
+    links = magics.session.config.route(model)
+    magics.model = model
+    print(f"llmkit: model {' → '.join(link.endpoint.name for link in links)} · {_caps(magics)}")
+
+
+# -- circuits --------------------------------------------------------------------------------------------------------
+
+
+def _breakers(magics: LLMMagics, words: list[str]) -> None:
+    action, *names = words or [""]
+    if action not in {"", "reset", "isolate"} or len(names) > 1 or (action == "isolate" and not names):
+        usage = "%llm breakers, %llm breakers reset [ENDPOINT] or %llm breakers isolate ENDPOINT"
+        raise ConfigError(f"%llm breakers {' '.join(words)[:60]}?", next_step=f"write {usage}")
+    circuits = magics.session.client.circuits
+    if action == "isolate":
+        for link in magics.session.config.route(names[0]):
+            circuits.of(link.endpoint).isolate()
+    elif action == "reset":
+        for circuit in _named(magics, names):
+            circuit.reset()
+    print("\n".join(_circuit(circuit) for circuit in circuits) or "no endpoint has been used yet")
+
+
+def _named(magics: LLMMagics, names: list[str]) -> list[Circuit]:
+    circuits = magics.session.client.circuits
+    if not names:
+        return list(circuits)
+    return [circuits.of(link.endpoint) for link in magics.session.config.route(names[0])]
+
+
+def _circuit(circuit: Circuit) -> str:
+    text = f"{circuit.endpoint.name}: {circuit.state.replace('_', ' ')}"
+    if circuit.retry_after is not None:
+        text += f", next probe in {circuit.retry_after:.0f} s"
+    if circuit.failures_in_row:
+        text += f", {circuit.failures_in_row} failures in a row"
+    return text + (f" (last: {tidy(circuit.last_failure, limit=160)})" if circuit.last_failure else "")
+
+
+# -- the ledger ------------------------------------------------------------------------------------------------------
+
+
+def _calls(magics: LLMMagics, words: list[str]) -> Any:
+    number = words[0] if words else "10"
+    if len(words) > 1 or not number.isdecimal() or not 1 <= int(number) <= 1_000_000:
+        raise ConfigError(f"%llm calls {' '.join(words)[:60]}?", next_step="%llm calls N shows the newest N calls")
+    return magics.session.client.calls(limit=int(number))
+
+
+def _why(magics: LLMMagics, words: list[str]) -> None:
+    _no_more(words[1:], "%llm why [REQUEST_ID]")
+    ledger = magics.session.client.ledger
+    rows = ledger.calls() if words else ledger.calls(limit=1)
+    matching = [row for row in rows if row["request_id"].startswith(words[0])] if words else rows
+    if not matching:
+        raise ConfigError("there is no such call in the ledger", next_step="%llm calls lists the newest")
+    if len(matching) > 1:
+        raise ConfigError(f"{len(matching)} calls begin with {words[0]!r:.60}", next_step="give more of the id")
+    row = matching[0]
+    lines = [
+        f"call {row['request_id']}, {datetime.fromtimestamp(row['started']).astimezone():%Y-%m-%d %H:%M:%S}",
+        f"  asked for {tidy(row['model'])}" + (f" by {tidy(row['user'])}" if row["user"] else "") + _tags(row["tags"]),
+        *(_attempt(attempt, row["started"]) for attempt in ledger.attempts(row["request_id"])),
+        f"  {row['status'].replace('_', ' ')}{_after(row['latency_s'])}{_outcome(row)}",
+    ]
+    print("\n".join(lines))
+
+
+def _tags(tags: dict[str, str]) -> str:
+    return "".join(f", {tidy(key, limit=60)}={tidy(value, limit=60)}" for key, value in tags.items())
+
+
+def _attempt(row: dict[str, Any], began: float) -> str:
+    status = "in flight" if row["status"] == "in_flight" else row["status"]
+    return (
+        f"  {row['started'] - began:6.2f} s  attempt {row['number']}: {tidy(row['provider'])}:{tidy(row['model'])} "
+        f"{status}{_after(row['latency_s'])}{_outcome(row)}"
+    )
+
+
+def _after(seconds: float | None) -> str:
+    return "" if seconds is None else f" after {seconds:.2f} s"
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    parts = []
+    if row["output_tokens"] is not None:
+        about = "≈" if row["estimated"] else ""
+        parts.append(f"{about}{row['input_tokens']:,} → {about}{row['output_tokens']:,} tokens")
+    if row["status"] != "in_flight":
+        parts.append("cost unknown" if row["cost_usd"] is None else money(row["cost_usd"]))
+    if row.get("maybe_billed"):
+        parts.append("may be billed")
+    if row["error"]:
+        parts.append(f"{row['error']}: {tidy(row['message'] or '', limit=200)}")
+    return "".join(f", {part}" for part in parts)
+
+
+_COMMANDS: dict[str, Callable[[LLMMagics, list[str]], Any]] = {
+    "status": _status,
+    "models": _models,
+    "use": _use,
+    "breakers": _breakers,
+    "calls": _calls,
+    "why": _why,
+    "help": _help,
+}

@@ -1,0 +1,183 @@
+"""The line under an answer: who answered, what it took, what it cost, and what went on before."""
+
+from __future__ import annotations
+
+import html
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmkit.redaction import tidy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from llmkit.call import Attempt
+    from llmkit.reply import Reply, Usage
+
+__all__ = ["Part", "as_html", "as_text", "metadata", "money", "of_attempts", "of_reply", "status_html"]
+
+
+class Part(NamedTuple):
+    """One piece of the line; ``warns`` where it should be seen."""
+
+    text: str
+    warns: bool = False
+
+
+# JupyterLab's own variables, so that it fits light and dark; elsewhere the page's colour, a little fainter.
+_STYLE = (
+    "font-family: var(--jp-ui-font-family, sans-serif); font-size: var(--jp-ui-font-size1, 0.85em); line-height: 1.6;"
+)
+_FAINT = "color: var(--jp-ui-font-color2, inherit);"
+_WARN = "color: var(--jp-warn-color0, #b36b00); font-weight: 600;"
+
+
+def as_text(parts: Sequence[Part]) -> str:
+    return " · ".join(part.text for part in parts)
+
+
+def as_html(parts: Sequence[Part]) -> str:
+    """The line as HTML; everything in it is escaped."""
+    pieces = (f'<span style="{_WARN}">{_safe(part.text)}</span>' if part.warns else _safe(part.text) for part in parts)
+    return f'<div style="{_STYLE} {_FAINT}">{" · ".join(pieces)}</div>'
+
+
+def status_html(text: str) -> str:
+    """What goes on while there is no answer yet."""
+    return f'<div style="{_STYLE} {_FAINT} font-style: italic;">{_safe(text)}</div>'
+
+
+def _safe(text: str) -> str:
+    return html.escape(tidy(text))
+
+
+def metadata(reply: Reply) -> dict[str, Any]:
+    """What the output's metadata says of the call, so that a saved notebook can be audited without the ledger."""
+    usage = reply.usage
+    counts = None
+    if usage is not None:
+        names = ("input_tokens", "output_tokens", "cached_input_tokens", "reasoning_tokens", "estimated")
+        counts = {name: getattr(usage, name) for name in names}
+    cost = reply.cost_usd
+    return {
+        "llmkit": {
+            "request_id": reply.request_id,
+            "model": tidy(reply.model, limit=200),
+            "usage": counts,
+            "cost_usd": None if cost is None else f"{cost:f}",
+            "source": reply.source,
+        }
+    }
+
+
+def money(usd: Decimal) -> str:
+    """USD, short: cents from a cent on, else to three digits that count; ``$0.000481``, ``$1.20``."""
+    if not usd:
+        return "$0"
+    if usd >= Decimal("0.01"):
+        return f"${usd:,.2f}" if usd >= 1 else f"${usd:.4f}"
+    return f"${usd:.{2 - usd.adjusted()}f}".rstrip("0")
+
+
+def of_reply(reply: Reply, *, interrupted: bool = False, timings: bool = True) -> list[Part]:
+    """The line of a reply, whole or not; without ``timings`` it is the same each time the same thing happens."""
+    return list(_of_reply(reply, interrupted, timings))
+
+
+def _of_reply(reply: Reply, interrupted: bool, timings: bool) -> Iterator[Part]:
+    if reply.source != "degraded":
+        yield Part(tidy(reply.model, limit=100))
+    if reply.usage is not None:
+        yield Part(_tokens(reply.usage))
+    yield _cost(reply.attempts, reply.cost_usd)
+    if timings and reply.latency_s is not None:
+        first = "" if reply.time_to_first_token_s is None else f" (first token {_seconds(reply.time_to_first_token_s)})"
+        yield Part(f"{_seconds(reply.latency_s)}{first}")
+    yield _source(reply)
+    yield from _detours(reply)
+    if (ending := _ending(reply, interrupted)) is not None:
+        yield ending
+    others = [a for a in reply.attempts if a.maybe_billed and a.status == "failed"]
+    yield from _maybe_billed(others)
+
+
+def of_attempts(attempts: Sequence[Attempt], elapsed_s: float, *, timings: bool = True) -> list[Part]:
+    """The line of a call that never came to an answer; empty where nothing was sent."""
+    if not attempts:
+        return []
+    last = attempts[-1]
+    parts = [Part(tidy(f"{last.provider}:{last.model}", limit=100)), Part(_count(len(attempts), "attempt"))]
+    if timings:
+        parts.append(Part(_seconds(elapsed_s)))
+    return [*parts, *_maybe_billed([a for a in attempts if a.maybe_billed])]
+
+
+def _tokens(usage: Usage) -> str:
+    about = "≈" if usage.estimated else ""
+    detail = []
+    if usage.cached_input_tokens:
+        detail.append(f"{usage.cached_input_tokens:,} cached")
+    if usage.reasoning_tokens:
+        detail.append(f"{usage.reasoning_tokens:,} reasoning")
+    inside = f" ({', '.join(detail)})" if detail else ""
+    return f"{about}{usage.input_tokens:,} → {about}{usage.output_tokens:,} tokens{inside}"
+
+
+def _cost(attempts: Sequence[Attempt], cost: Decimal | None) -> Part:
+    if cost is None:
+        unpriced = next((f"{a.provider}:{a.model}" for a in attempts if a.cost_usd is None), "the model")
+        return Part(f"cost unknown: no price for {tidy(unpriced, limit=100)}", warns=True)
+    about = "≈" if cost and any(a.usage is not None and a.usage.estimated for a in attempts) else ""
+    return Part(f"{about}{money(cost)}")
+
+
+def _source(reply: Reply) -> Part:
+    if reply.source == "simulated":
+        return Part("simulated")
+    if reply.source == "degraded":
+        return Part("degraded: the text set for when no model answers", warns=True)
+    return Part(tidy(reply.provider or reply.source, limit=60))
+
+
+def _detours(reply: Reply) -> Iterator[Part]:
+    """Retries, and the links that were left."""
+    endpoints = {(a.provider, a.model) for a in reply.attempts}
+    retries = len(reply.attempts) - len(endpoints)
+    if retries > 0:
+        statuses = {str(a.http_status or a.error) for a in reply.attempts[:-1] if a.status == "failed"}
+        why = f" ({', '.join(sorted(statuses))})" if statuses else ""
+        yield Part(_count(retries, "retry", "retries") + tidy(why, limit=100))
+    for skipped in reply.skipped:
+        reason, colon, _ = skipped.reason.partition(":")
+        if colon and reason.isidentifier():  # an error's name: it was tried, or about to be
+            yield Part(f"fell back from {tidy(skipped.endpoint, limit=100)} ({reason})")
+
+
+def _ending(reply: Reply, interrupted: bool) -> Part | None:
+    if interrupted:
+        return Part("interrupted", warns=True)
+    if reply.cut == "max_cost":
+        cap = reply.call.max_cost_usd
+        return Part("cut at the cap" if cap is None else f"cut at the cap of {money(cap)}", warns=True)
+    if reply.cut is not None:
+        return Part("cut at the limit of tokens", warns=True)
+    if reply.outcome is not None and reply.outcome.status == "failed":
+        return Part("broken off", warns=True)
+    if reply.finish_reason in {"length", "max_tokens"}:
+        return Part("ended at the limit of output tokens", warns=True)
+    return None
+
+
+def _maybe_billed(attempts: Sequence[Attempt]) -> Iterator[Part]:
+    if attempts:
+        yield Part(f"{_count(len(attempts), 'attempt')} without an end may be billed", warns=True)
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"

@@ -1,0 +1,60 @@
+"""How an answer goes out: what MIME types hold it, in each of the formats of ``--format``.
+
+A model's text is nobody's friend. It goes out as Markdown, which Jupyter sanitises, or as plain text, never as HTML:
+under ``--format html`` its source is shown. Plain text loses its control characters, since a terminal would obey them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+__all__ = ["MAX_JSON", "bundle", "plain"]
+
+MAX_JSON = 2_000_000
+"""Characters up to which JSON is parsed to be shown indented."""
+
+_CONTROL = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_BACKTICKS = re.compile(r"`{3,}")
+
+
+def plain(text: str) -> str:
+    """``text`` without anything that a terminal would take as a command."""
+    return _CONTROL.sub("", text)
+
+
+def bundle(text: str, form: str) -> dict[str, str]:
+    """``text`` as a MIME bundle."""
+    if form == "json":
+        text = _indented(text)
+    if form == "text":
+        return {"text/plain": plain(text)}
+    markdown = text if form == "markdown" else _as_code(text, form)
+    return {"text/markdown": markdown, "text/plain": plain(text)}
+
+
+def _indented(text: str) -> str:
+    body = _inside_fence(text)
+    if len(body) > MAX_JSON:
+        return body
+    try:
+        return json.dumps(json.loads(body), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return body
+
+
+def _inside_fence(text: str) -> str:
+    """What stands inside the one fence that is the whole text, or the text."""
+    body = text.strip()
+    if body.startswith("```") and body.endswith("```") and body.count("```") == 2 and "\n" in body:
+        return body.removesuffix("```").split("\n", 1)[1].strip()
+    return text
+
+
+def _as_code(text: str, form: str) -> str:
+    if form == "code" and "```" in text:
+        return text  # the model fenced its code itself, and knows its language
+    longest = max((len(run) for run in _BACKTICKS.findall(text)), default=2)
+    fence = "`" * (longest + 1)
+    language = "" if form == "code" else form
+    return f"{fence}{language}\n{text.strip(chr(10))}\n{fence}"

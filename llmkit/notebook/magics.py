@@ -1,0 +1,197 @@
+"""The magics: a cell line is parsed, its prompt rendered, the call made and shown, the reply bound."""
+
+# ruff: noqa: T201 - loading says in one line what will be used
+
+from __future__ import annotations
+
+import atexit
+import sys
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
+from traitlets import Bool, Enum, Float, Int, Unicode, Union, validate
+
+from llmkit.errors import ConfigError, LLMKitError
+from llmkit.notebook.arguments import FORMATS, documented, parse
+from llmkit.notebook.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+    from llmkit.reply import Reply
+
+__all__ = ["LLMMagics"]
+
+
+@magics_class
+class LLMMagics(Magics):
+    """``%%llm`` and ``%llm``. Settings by ``%config LLMMagics.NAME = …``; what a cell says wins over them."""
+
+    shell: Any  # IPython's types differ from version to version, and most are missing
+
+    model = Unicode("", help="Model of cells that name none; empty: as llmkit.toml or the environment say.").tag(config=True)
+    system = Unicode("", help="System prompt of cells that have none.").tag(config=True)
+    temperature = Float(None, allow_none=True, help="0 to 2; None: the provider's own default.").tag(config=True)
+    max_tokens = Int(None, allow_none=True, help="Most output tokens of a cell.").tag(config=True)
+    max_cost = Union(
+        [Float(), Unicode()], default_value=None, allow_none=True, help="USD that a cell may cost, all attempts together."
+    ).tag(config=True)
+    timeout = Union(
+        [Float(), Unicode()], default_value=None, allow_none=True, help="Seconds for a whole call, or 'chat', or 'code'."
+    ).tag(config=True)
+    user = Unicode("", help="Whom the cost of cells is booked for.").tag(config=True)
+    format = Enum(FORMATS, "markdown", help="How answers are shown.").tag(config=True)
+    display = Enum(
+        ("", "live", "final"), "", help="'final' shows an answer once, at its end; empty: as LLMKIT_DISPLAY says, else live."
+    ).tag(config=True)
+    traceback = Bool(False, help="Show the whole traceback of llmkit's errors.").tag(config=True)
+
+    _AS_OPTIONS = ("model", "system", "temperature", "max_tokens", "max_cost", "timeout", "user")
+
+    @classmethod
+    def of(cls, shell: Any) -> LLMMagics | None:
+        """The magics that are loaded in ``shell``."""
+        return next((each for each in shell.configurables if isinstance(each, cls)), None)
+
+    # -- loading and unloading ---------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Say in one line what will be used. Wrong settings are said, too; then the first cell fails with them."""
+        self.session = Session()
+        self._handler: tuple[Any, Any] = (self.shell.custom_exceptions, self.shell.CustomTB)
+        self.shell.set_custom_exc((LLMKitError, *self.shell.custom_exceptions), self._show_error)
+        atexit.register(self.session.close)
+        try:
+            self._greet()
+        except ConfigError as error:
+            print(f"llmkit is loaded, but cannot be used yet:\n{error.block()}", file=sys.stderr)
+
+    def end(self) -> None:
+        """Leave the shell as it was."""
+        shell = self.shell
+        shell.configurables.remove(self)
+        shell.magics_manager.registry.pop(type(self).__name__, None)
+        for kind, names in self.magics.items():
+            for name in names:
+                shell.magics_manager.magics[kind].pop(name, None)
+        if LLMKitError in shell.custom_exceptions:
+            shell.custom_exceptions, shell.CustomTB = self._handler
+        atexit.unregister(self.session.close)
+        self.session.close()
+
+    def _greet(self) -> None:
+        from llmkit.notebook.display import display_mode
+
+        display_mode(self.display)
+        default = f"{self.model} (as %config says)" if self.model else str(self.session.default)
+        print(f"llmkit: {'' if default.startswith('the ') else 'model '}{default} · {self.session.caps()}")
+        for notice in self.session.config.notices:
+            print(f"llmkit: {notice}")
+
+    @validate(*_AS_OPTIONS)
+    def _checked(self, proposal: Mapping[str, Any]) -> Any:
+        from llmkit.options import Options
+
+        value = proposal["value"]
+        if value not in {None, ""}:
+            Options.of({proposal["trait"].name: value})
+        return value
+
+    # -- the magics --------------------------------------------------------------------------------------------------
+
+    @no_var_expand
+    @needs_local_scope
+    @cell_magic("llm")  # type: ignore[arg-type]
+    @documented
+    def ask(self, line: str, cell: str, local_ns: Mapping[str, Any] | None = None) -> None:
+        try:
+            self._ask(line, cell, local_ns or {})
+        except LLMKitError as error:
+            if self.traceback:
+                _unfold(error)
+            raise
+
+    @no_var_expand
+    @line_magic("llm")  # type: ignore[arg-type]
+    def command(self, line: str) -> Any:
+        """Everything beside asking; see ``%llm help``."""
+        from llmkit.notebook.commands import run
+
+        try:
+            return run(self, line)
+        except LLMKitError as error:
+            if self.traceback:
+                _unfold(error)
+            raise
+
+    def _ask(self, line: str, cell: str, local_ns: Mapping[str, Any]) -> None:
+        said = parse(line)
+        from llmkit.notebook.asking import Interrupted, ask
+        from llmkit.notebook.display import display_mode, view_for
+        from llmkit.options import Options
+
+        mode = display_mode(self.display)
+        options = self._options(said.options)
+        prompt = cell.strip("\n").rstrip()
+        if not said.raw:
+            from llmkit.notebook.template import render
+
+            names = (self.shell.user_ns, local_ns)
+            prompt = render(prompt, *names)
+            if "system" in options:
+                options["system"] = render(options["system"], *names)
+        if not prompt.strip():
+            raise ConfigError("the prompt is empty", next_step="it stands below the line with %%llm")
+        Options.of(options)
+        view = view_for(self.shell, mode, said.format or self.format, quiet=said.quiet)
+        session = self.session
+        options.setdefault("model", session.default.model)
+        try:
+            reply = ask(session.portal, session.client, prompt, options, view, stream=said.stream)
+        except (LLMKitError, Interrupted) as error:
+            if error.reply is not None and error.reply.text:
+                self._bind(error.reply, said.names)
+            raise
+        self._bind(reply, said.names)
+
+    def _options(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """What the cell said, over what ``%config`` says."""
+        settings = {name: getattr(self, name) for name in self._AS_OPTIONS}
+        return {name: value for name, value in settings.items() if value not in {None, ""}} | dict(said)
+
+    def _bind(self, reply: Reply, names: Sequence[str]) -> None:
+        self.shell.push(dict.fromkeys(names, reply))
+        # `_` and Out, as for any other cell; returned as the cell's value, the reply would be shown a second time.
+        self.shell.displayhook.update_user_ns(reply)
+
+    # -- errors ------------------------------------------------------------------------------------------------------
+
+    def _show_error(
+        self,
+        shell: Any,
+        kind: type[BaseException],
+        error: BaseException,
+        traceback: TracebackType | None,
+        tb_offset: int | None = None,
+    ) -> None:
+        """Show one block also for `AllModelsFailed`: IPython prints groups its own way, past ``_render_traceback_``."""
+        if not isinstance(error, LLMKitError):
+            _, handler = self._handler
+            handler(kind, error, traceback, tb_offset)
+            return
+        sys.last_type, sys.last_value, sys.last_traceback = kind, error, traceback  # what %tb and %debug read
+        shell._showtraceback(kind, error, error._render_traceback_())
+
+
+def _unfold(error: LLMKitError) -> None:
+    """Let ``error`` show its whole traceback, its block last."""
+    import traceback
+
+    from llmkit.redaction import redact
+
+    def render() -> list[str]:
+        frames = "".join(traceback.format_exception(error))
+        return [*redact(frames).rstrip().split("\n"), "", *error.block().split("\n")]
+
+    error._render_traceback_ = render  # type: ignore[method-assign]

@@ -1,0 +1,74 @@
+"""What one shell's magics share: the settings as they were read, and one client, made by the first cell."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmkit.config import Config
+
+if TYPE_CHECKING:
+    from llmkit.client import AsyncClient
+    from llmkit.config import Default
+    from llmkit.portal import Portal
+
+__all__ = ["Session"]
+
+
+class Session:
+    """Settings and client of one shell. ``started``: epoch seconds."""
+
+    def __init__(self) -> None:
+        self.started = time.time()
+        self._folder = Path.cwd()  # the notebook's; a later `%cd` is about the user's files, not about settings
+        self._config: Config | None = None
+        self._default: Default | None = None
+        self._client: AsyncClient | None = None
+
+    @property
+    def config(self) -> Config:
+        """The settings; read when first asked for, and again as long as they are wrong.
+
+        Raises:
+            ConfigError: the first wrong one.
+        """
+        if self._config is None:
+            self._config = Config.load(self._folder)
+        return self._config
+
+    @property
+    def default(self) -> Default:
+        """The model of a cell that names none, and why; what was said once stays true."""
+        if self._default is None:
+            self._default = self.config.default_model()
+        return self._default
+
+    @property
+    def client(self) -> AsyncClient:
+        if self._client is None:
+            from llmkit.client import AsyncClient
+
+            self._client = AsyncClient(config=self.config)
+        return self._client
+
+    @property
+    def portal(self) -> Portal:
+        """The loop that the client's calls run on."""
+        from llmkit import portal
+
+        return portal.shared()
+
+    def close(self) -> None:
+        """Close the client; replies still arriving are aborted and settled."""
+        client, self._client = self._client, None
+        if client is not None:
+            self.portal.run(client.aclose())
+
+    def caps(self) -> str:
+        """The caps that hold where a cell sets none, in words."""
+        budget = self.config.budget
+        caps = [] if budget.request_usd is None else [f"${budget.request_usd:.2f} a request"]
+        if budget.request_tokens is not None:
+            caps.append(f"{budget.request_tokens:,} tokens a request")
+        return f"cap {' and '.join(caps)}" if caps else "no cap"
