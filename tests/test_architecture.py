@@ -35,7 +35,18 @@ ORDER = [
 ]
 RANK = {part: rank for rank, parts in enumerate(reversed(ORDER)) for part in parts}
 VAGUE = {"util", "utils", "helper", "helpers", "common", "manager", "misc", "base", "core", "tools", "types"}
-HEAVY = {"httpx", "aiohttp", "pandas", "numpy", "altair", "ipywidgets", "tiktoken", "genai_prices", "tenacity", "jinja2"}
+HEAVY = {
+    "httpx",
+    "aiohttp",
+    "pandas",
+    "numpy",
+    "altair",
+    "ipywidgets",
+    "tiktoken",
+    "genai_prices",
+    "tenacity",
+    "jinja2",
+}
 
 
 def modules():

@@ -1,0 +1,1 @@
+"""The commands of ``llmkit``, one file each: ``run(arguments)`` does it and gives back the exit code."""
