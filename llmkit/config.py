@@ -41,7 +41,7 @@ FILE, PROJECT = "llmkit.toml", "pyproject.toml"
 PREFIX = "LLMKIT_"
 
 # Read elsewhere, so neither settings nor mistakes.
-_OTHER_VARIABLES = frozenset({"LLMKIT_DISPLAY"})
+_OTHER_VARIABLES = frozenset({"LLMKIT_DATA_DIR", "LLMKIT_DISPLAY"})
 
 PRESETS = {
     "chat": Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=30.0),

@@ -1,0 +1,1 @@
+"""One wire format a file; which service speaks which, and where, is data in `llmkit.providers.catalog`."""

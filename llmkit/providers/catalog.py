@@ -29,11 +29,11 @@ __all__ = ["CATALOG", "QUIRKS", "ProviderEntry", "base_url_from", "is_loopback",
 
 QUIRKS = {
     "max_completion_tokens": "the output limit is sent under this name; reasoning models there refuse max_tokens",
-    "no_done": "streams end without the [DONE] frame",
+    "no_done": "streams end without the [DONE] frame; every stream is read so that this does no harm",
     "no_stream_options": "refuses stream_options; usage comes unasked, or not at all",
     "random_seed": "the seed is called random_seed",
 }
-"""Every quirk by name, with what it means; the wire format knows how to follow it."""
+"""Every quirk by name, with what it means."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

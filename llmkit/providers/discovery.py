@@ -105,10 +105,9 @@ def _first_found(probes: list[_Probe]) -> _Probe | None:
                 probe.start(selector)
             while undecided := _undecided(probes):
                 elapsed = time.monotonic() - began
-                if elapsed >= CONNECT_S:
-                    _give_up([p for p in probes if not p.connected])
-                if elapsed >= TOTAL_S:
-                    _give_up(undecided)
+                late = [p for p in undecided if elapsed >= (TOTAL_S if p.connected else CONNECT_S)]
+                if late:
+                    _give_up(late)
                     continue
                 for key, _ in selector.select((CONNECT_S if elapsed < CONNECT_S else TOTAL_S) - elapsed):
                     key.data.advance(selector)

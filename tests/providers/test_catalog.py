@@ -131,5 +131,5 @@ def test_a_hosted_key_follows_only_to_its_own_host() -> None:
     assert (here.api_key_env, here.key_required) == (None, False)
     assert moved(vllm, "http://10.0.0.1/v1").api_key_env == "VLLM_API_KEY"
     for stranger in ("https://evil.example/v1", "http://api.openai.com/v1", "https://api.openai.com.evil.example/v1"):
-        with pytest.raises(ValueError, match="belongs to https://api.openai.com"):
+        with pytest.raises(ValueError, match=r"belongs to https://api\.openai\.com"):
             moved(openai, stranger)

@@ -253,6 +253,22 @@ def test_a_server_that_drips_for_ever_is_left() -> None:
         listener.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux leaves a connection to a full queue pending")
+def test_a_port_that_neither_accepts_nor_refuses_is_left_early() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        waiting = [socket.socket() for _ in range(4)]
+        for other in waiting:
+            other.setblocking(False)
+            other.connect_ex(listener.getsockname())
+        began = time.perf_counter()
+        found = look(entry("vllm", listener.getsockname()[1]))
+        took = time.perf_counter() - began
+        for other in waiting:
+            other.close()
+    assert found == NOTHING
+    assert took < discovery.TOTAL_S - 0.05
+
+
 def test_a_model_after_unusable_ones_is_taken() -> None:
     with serving(answer(listing("nomic-embed-text", "\x1b[2J", "qwen3:8b"))) as (port, _):
         assert look(entry("ollama", port)).model == "ollama:qwen3:8b"
