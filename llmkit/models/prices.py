@@ -3,7 +3,7 @@
 Where a price comes from, in this order: ``price`` in the settings; nothing is paid on the user's own hardware or to the
 simulator; genai-prices (see `llmkit.models.table` for what is taken as known). An unknown price is None, never 0.
 
-Prices are kept as whole attodollars (10⁻¹⁸ USD) a token, and costs are sums of products of integers: exact whatever the
+Prices are kept as whole yoctodollars (10⁻²⁴ USD) a token, and costs are sums of products of integers: exact whatever the
 user's decimal context, and a few microseconds a call. Only tokens are priced. What else a provider bills (web searches
 it ran, audio and video at rates of their own) does not show in the usage, and so not in the cost.
 """
@@ -44,7 +44,7 @@ __all__ = [
 UNLIMITED = sys.maxsize
 """What `affordable_output` says where output costs nothing."""
 
-_ATTO = 18
+_YOCTO = 24
 _EXACT = Context(prec=200, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])  # the user's own context may round
 _MOST_TOKENS = 10**12  # a server may report any number; this still fits into a store's nanodollars
 _STANDARD_TIERS = frozenset({None, "", "auto", "default", "standard", "on_demand"})
@@ -66,7 +66,7 @@ class Cost:
 
 
 class _Rates(NamedTuple):
-    """Attodollars a token, for requests with more than ``above`` input tokens; ``request`` is for each of them."""
+    """Yoctodollars a token, for requests with more than ``above`` input tokens; ``request`` is for each of them."""
 
     above: int
     input: int
@@ -79,7 +79,7 @@ class _Rates(NamedTuple):
     request: int
 
     def of(self, usage: Usage) -> int | None:
-        """Attodollars for ``usage``. Parts that contradict their totals are cut to them."""
+        """Yoctodollars for ``usage``. Parts that contradict their totals are cut to them."""
         total = _counted(usage.input_tokens)
         output = _counted(usage.output_tokens)
         cost = self.request + total * self.input
@@ -91,12 +91,14 @@ class _Rates(NamedTuple):
             cost += (write - write_1h) * (self.cache_write - self.input) + write_1h * (self.cache_write_1h - self.input)
         if self.output is None:
             return None if output else cost
-        reasoning = min(_counted(usage.reasoning_tokens), output)
-        return cost + output * self.output + reasoning * (self.reasoning - self.output)
+        cost += output * self.output
+        if self.reasoning != self.output:
+            cost += min(_counted(usage.reasoning_tokens), output) * (self.reasoning - self.output)
+        return cost
 
 
 class _Most(NamedTuple):
-    """The dearest rates of requests of up to some size: attodollars a token, whatever its kind, and a request."""
+    """The dearest rates of requests of up to some size: yoctodollars a token, whatever its kind, and a request."""
 
     above: int
     input: int
@@ -144,8 +146,8 @@ def cost(
     tariff = _tariff(endpoint, at, model, service_tier)
     if tariff is None:
         return None
-    atto = tariff.at(usage.input_tokens).of(usage)
-    return None if atto is None else Cost(_usd(atto), tariff.source)
+    yocto = tariff.at(usage.input_tokens).of(usage)
+    return None if yocto is None else Cost(_usd(yocto), tariff.source)
 
 
 def worst_case(
@@ -201,7 +203,7 @@ def affordable_output(
         return None
     if not usd.is_finite():
         return UNLIMITED if usd == Decimal("Infinity") else 0
-    left = _atto(usd) - _counted(input_tokens) * most.input - most.request
+    left = _yocto(usd) - _counted(input_tokens) * most.input - most.request
     if left < 0:
         return 0
     return min(left // most.output, UNLIMITED) if most.output else UNLIMITED
@@ -330,21 +332,21 @@ def _tier_price(price: Any, above: int) -> Decimal:
 
 
 def _rates(above: int, prices: Mapping[str, Decimal | None], wire: str) -> _Rates:
-    """Attodollars from USD a million tokens. What lacks a price of its own costs what its kind costs.
+    """Yoctodollars from USD a million tokens. What lacks a price of its own costs what its kind costs.
 
     Not so Anthropic's cache writes, which cost 1.25 times the input for five minutes and twice for an hour.
     """
 
-    def atto(name: str) -> int | None:
+    def yocto(name: str) -> int | None:
         price = prices.get(name)
-        return None if price is None else _atto_a_token(price)
+        return None if price is None else _yocto_a_token(price)
 
-    usual = atto("input_mtok") or 0
-    write = atto("cache_write_mtok")
-    write_1h = atto("cache_write_1h_mtok")
-    cached = atto("cache_read_mtok")
-    output = atto("output_mtok")
-    reasoning = atto("output_reasoning_mtok")
+    usual = yocto("input_mtok") or 0
+    write = yocto("cache_write_mtok")
+    write_1h = yocto("cache_write_1h_mtok")
+    cached = yocto("cache_read_mtok")
+    output = yocto("output_mtok")
+    reasoning = yocto("output_reasoning_mtok")
     if write is None:
         write = -(-usual * 5 // 4) if wire == "anthropic" else usual
     if write_1h is None:
@@ -357,8 +359,8 @@ def _rates(above: int, prices: Mapping[str, Decimal | None], wire: str) -> _Rate
         cache_write_1h=write_1h,
         output=output,
         reasoning=(output or 0) if reasoning is None else reasoning,
-        image=atto("input_image_mtok") or 0,
-        request=1000 * (atto("requests_kcount") or 0),
+        image=yocto("input_image_mtok") or 0,
+        request=1000 * (yocto("requests_kcount") or 0),
     )
 
 
@@ -377,27 +379,29 @@ def _config_tariff(price: Price, wire: str) -> _Tariff:
 
 
 def _counted(tokens: int) -> int:
-    return 0 if tokens < 0 else min(tokens, _MOST_TOKENS)
+    if 0 <= tokens <= _MOST_TOKENS:
+        return tokens
+    return _MOST_TOKENS if tokens > 0 else 0
 
 
-def _atto(usd: Decimal) -> int:
-    return int(_EXACT.scaleb(usd, _ATTO).to_integral_value(ROUND_FLOOR, _EXACT))
+def _yocto(usd: Decimal) -> int:
+    return int(_EXACT.scaleb(usd, _YOCTO).to_integral_value(ROUND_FLOOR, _EXACT))
 
 
-def _atto_a_token(usd_a_million: Decimal) -> int:
-    return int(_EXACT.scaleb(usd_a_million, _ATTO - 6).to_integral_value(ROUND_CEILING, _EXACT))
+def _yocto_a_token(usd_a_million: Decimal) -> int:
+    return int(_EXACT.scaleb(usd_a_million, _YOCTO - 6).to_integral_value(ROUND_CEILING, _EXACT))
 
 
-def _usd(atto: int) -> Decimal:
-    return _scaled(atto, _ATTO)
+def _usd(yocto: int) -> Decimal:
+    return _scaled(yocto, _YOCTO)
 
 
 def _scaled(number: int, places: int) -> Decimal:
     """``number`` with the point moved left, without trailing zeros, and never as 1E+1."""
+    if not number:
+        return Decimal(0)
     whole, rest = divmod(number, 10**places)
-    if not rest:
-        return Decimal(whole)
-    return _EXACT.normalize(_EXACT.scaleb(Decimal(number), -places))
+    return Decimal(whole) if not rest else _EXACT.normalize(_EXACT.scaleb(Decimal(number), -places))
 
 
 _ZERO = (_rates(-1, {"input_mtok": Decimal(0), "output_mtok": Decimal(0)}, ""),)
