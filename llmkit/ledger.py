@@ -1,0 +1,518 @@
+"""The ledger: one row a call, one row an attempt, written as they happen.
+
+A sequential call that goes well costs two transactions: call and attempt are on disk before the request is sent, and
+what became of both is on disk before the reply is said to have ended. So a process that dies loses at most the calls
+in flight, and those are seen as ``lost`` at the next start, their open attempts as maybe billed.
+
+Nothing of a prompt or an answer is kept here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import os
+import threading
+import weakref
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import AllModelsFailed, CallRejected, LLMKitError, StoreError
+from llmkit.models.prices import from_nanos, to_nanos
+from llmkit.reply import Usage
+from llmkit.state.owner import current_owner, is_gone
+from llmkit.state.store import (
+    AttemptBegun,
+    AttemptEnded,
+    CallBegun,
+    CallEnded,
+    Change,
+    DuplicateCall,
+    ledger_path,
+    open_store,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from concurrent.futures import Future
+
+    import pandas as pd
+
+    from llmkit.call import Attempt, Call, Trail
+    from llmkit.clock import Clock
+    from llmkit.endpoint import Endpoint
+    from llmkit.models.prices import Cost
+    from llmkit.reply import Outcome
+    from llmkit.state.store import Store
+
+__all__ = ["Ledger"]
+
+log = logging.getLogger("llmkit")
+
+Row = dict[str, Any]
+
+MESSAGE_LENGTH = 500
+A_DAY = 86_400.0  # seconds; whether an owner on another host lives cannot be asked, but no call takes this long
+
+
+class _Entry:
+    """A call that has not ended: all its changes so far, and how many of them ``store`` has."""
+
+    __slots__ = ("changes", "endpoint", "number", "refused", "retries", "store", "trail", "written")
+
+    def __init__(self, trail: Trail, begun: CallBegun) -> None:
+        self.trail = trail  # kept, so that its id stays its own
+        self.changes: list[Change] = [begun]
+        self.written = 0
+        self.store: Store | None = None
+        self.endpoint: tuple[str, str, str] | None = None
+        self.number = 0
+        self.retries = 0
+        self.refused = False
+
+
+class Ledger:
+    """Calls and attempts in a store. One ledger serves any number of tasks, threads and event loops.
+
+    The store is opened at the first write or read, off the event loop. Where it cannot be opened or written, the
+    ledger goes on in memory and says so in ``notice``: a call is not refused because it cannot be booked on disk, and
+    one that was answered never fails for it. The caps of one request do not rest on the ledger, so they hold all the
+    same.
+
+    Attributes:
+        url: what the store was asked for.
+        notice: why the rows of this session will not outlast it; None where they will.
+        lost: how many calls were found to be in flight when the process that made them had died.
+    """
+
+    def __init__(self, url: str = "sqlite", clock: Clock | None = None, *, store: Store | None = None) -> None:
+        """``store`` is used as it is, instead of the one that ``url`` names.
+
+        Raises:
+            ConfigError: ``url`` names no store.
+        """
+        from llmkit.clock import SystemClock
+
+        ledger_path(url)
+        self.url = url
+        self.notice: str | None = None
+        self.lost = 0
+        self._clock: Clock = clock or SystemClock()
+        self._store: Store | None = None
+        self._given = store
+        self._disk: Store | None = None  # the one fallen back from; what it has can perhaps still be read
+        self._opening = threading.Lock()
+        self._falling = threading.Lock()
+        self._open_calls: dict[int, _Entry] = {}  # by the id of the trail, which all copies of a call share
+        _LEDGERS.add(self)
+
+    @classmethod
+    def open(cls, url: str, clock: Clock | None = None) -> Ledger:
+        """A ledger in the store that ``url`` names: ``sqlite``, ``sqlite:///path`` or ``memory``.
+
+        Raises:
+            ConfigError: there is no such store.
+        """
+        return cls(url, clock)
+
+    @property
+    def location(self) -> str:
+        """Where the rows are, for people."""
+        return self._ready().location
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def call_began(self, call: Call) -> None:
+        """Remember the call. It is written with its first attempt, or when it ends."""
+        begun = CallBegun(call.request_id, call.started_at, call.user, _tags(call), call.model, current_owner())
+        self._open_calls[id(call.trail)] = _Entry(call.trail, begun)
+
+    async def attempt_began(self, call: Call, number: int, endpoint: Endpoint, started_at: float) -> None:
+        """Write that attempt ``number`` is about to be sent (``started_at`` in epoch seconds). It is stored on return.
+
+        Raises:
+            StoreError: another call had this ``request_id``. Any other failure makes the ledger go on in memory.
+        """
+        entry = self._entry(call)
+        entry.retries += endpoint.key == entry.endpoint
+        entry.endpoint = endpoint.key
+        entry.number = number
+        entry.changes.append(
+            AttemptBegun(
+                call.request_id,
+                number,
+                started_at,
+                endpoint.provider,
+                endpoint.model,
+                _without_secrets(endpoint.base_url),
+            )
+        )
+        await self._write(entry)
+
+    def attempt_ended(self, call: Call, attempt: Attempt, cost: Cost | None = None) -> None:
+        """Remember how an attempt ended; ``cost`` is None where its price is unknown.
+
+        It is written with what comes next of this call, or by itself when nothing comes within this turn of the loop.
+        """
+        entry = self._entry(call)
+        if attempt.number > entry.number:  # it ended before it could begin
+            entry.number = attempt.number
+            entry.changes.append(
+                AttemptBegun(call.request_id, attempt.number, attempt.started, attempt.provider, attempt.model, None)
+            )
+        entry.changes.append(_attempt_ended(call.request_id, attempt, cost))
+        asyncio.get_running_loop().call_soon(self._write_soon, entry, len(entry.changes))
+
+    async def call_ended(self, call: Call, outcome: Outcome) -> None:
+        """Write how the call ended, and all that was remembered of it. Never fails."""
+        entry = self._entry(call)
+        entry.changes.append(self._call_ended(call, outcome, entry))
+        try:
+            await self._write(entry)
+        except DuplicateCall as error:
+            log.warning("%s; this call is not in the ledger", error)
+        finally:
+            self._open_calls.pop(id(call.trail), None)
+
+    def _entry(self, call: Call) -> _Entry:
+        entry = self._open_calls.get(id(call.trail))
+        if entry is None:
+            self.call_began(call)
+            entry = self._open_calls[id(call.trail)]
+        return entry
+
+    async def _write(self, entry: _Entry) -> None:
+        """Bring the entry's changes into the store, and return when they are there."""
+        if self._store is None:
+            await asyncio.to_thread(self._ready)
+        try:
+            waiting = self._commit(entry)
+            if waiting is not None:
+                await asyncio.shield(asyncio.wrap_future(waiting))
+        except StoreError as error:
+            self._write_failed(entry, error)
+            if entry.refused:
+                raise
+            self._commit(entry)
+
+    def _commit(self, entry: _Entry) -> Future[None] | None:
+        """Hand over what the store has not got, and return what its ``commit`` does."""
+        store = self._store
+        assert store is not None
+        if entry.store is not store:  # the first write, or the first since the ledger fell back
+            entry.store, entry.written = store, 0
+        changes = entry.changes[entry.written :]
+        if entry.refused or not changes:
+            return None
+        entry.written += len(changes)
+        waiting = store.commit(changes)
+        if waiting is not None:  # whoever waits for it may be cancelled, so its failure is heard here
+            waiting.add_done_callback(functools.partial(self._written_late, entry))
+        return waiting
+
+    def _written_late(self, entry: _Entry, waiting: Future[None]) -> None:
+        error = waiting.exception()
+        if isinstance(error, StoreError):
+            self._write_failed(entry, error)
+
+    def _write_failed(self, entry: _Entry, error: StoreError) -> None:
+        if isinstance(error, DuplicateCall):
+            entry.refused = True
+        else:
+            self._fall_back(error)
+            entry.store = None
+
+    def _write_soon(self, entry: _Entry, length: int) -> None:
+        """Write what an attempt left, if nothing came after it that took it along."""
+        if entry.written >= length or self._store is None:
+            return
+        try:
+            self._commit(entry)
+        except StoreError as error:
+            self._write_failed(entry, error)
+
+    def _call_ended(self, call: Call, outcome: Outcome, entry: _Entry) -> CallEnded:
+        reply, error, attempts = outcome.reply, outcome.error, call.trail.attempts
+        latency = reply.latency_s if reply is not None else None
+        return CallEnded(
+            "rejected" if _is_rejection(error) else outcome.status,
+            reply.model if reply is not None else None,
+            reply.provider if reply is not None else attempts[-1].provider if attempts else None,
+            reply.source if reply is not None else None,
+            *_tokens(_summed(attempts)),
+            _summed_nanos(attempts),
+            self._clock.now() - call.started if latency is None else latency,
+            reply.time_to_first_token_s if reply is not None else None,
+            entry.number,
+            entry.retries,
+            reply.finish_reason if reply is not None else None,
+            None if error is None else type(error).__name__,
+            error.message[:MESSAGE_LENGTH] if isinstance(error, LLMKitError) else None,
+            call.request_id,
+        )
+
+    # -- the store ---------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> Store:
+        """The store, opened if it is not yet. Waits for files, so not for an event loop's thread at first."""
+        store = self._store
+        if store is not None:
+            return store
+        with self._opening:
+            if self._store is None:
+                try:
+                    store = self._given or open_store(self.url)
+                    self.lost = _mark_lost(store, self._clock.time())
+                    self._store = store
+                except StoreError as error:
+                    self._fall_back(error)
+        assert self._store is not None
+        return self._store
+
+    def _fall_back(self, error: StoreError) -> None:
+        from llmkit.state.memory import MemoryStore
+
+        with self._falling:
+            if self.notice is not None:
+                return
+            how = f" ({error.next_step})" if error.next_step else ""
+            self.notice = f"{error.message}; the calls of this session are kept in memory only{how}"
+            self._disk, self._store = self._store, MemoryStore()
+        log.warning("%s", self.notice)
+
+    def close(self) -> None:
+        """Finish what waits, and let go of files and threads. A later write opens them again."""
+        for each in (self._store, self._disk):
+            if each is not None:
+                each.close()
+
+    def _start_afresh(self) -> None:
+        """In a forked child: the calls in flight are the parent's."""
+        self._opening = threading.Lock()
+        self._falling = threading.Lock()
+        self._open_calls.clear()
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def calls(self, limit: int | None = None, since: datetime | float | None = None) -> list[Row]:
+        """The calls, newest last, as dictionaries of all that is known of them.
+
+        Args:
+            limit: only the newest so many.
+            since: only those that started then or later: epoch seconds, or a datetime (a naive one is local time).
+
+        ``cost_usd`` is an exact Decimal; None, there and elsewhere, is unknown. Calls of this process that are not on
+        disk yet are in it. Blocks for the time of a query.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit is {limit}, not 1 or more")
+        after = since.timestamp() if isinstance(since, datetime) else since
+        rows: dict[str, Row] = {}
+        for store in self._sources():
+            for row in store.calls(limit=limit, since=after):
+                _take(rows, row["request_id"], row)
+        newest_last = sorted(rows.values(), key=lambda row: (row["started"], row["request_id"]))
+        return [_call_row(row) for row in newest_last[-limit if limit else None :]]
+
+    def attempts(self, request_id: str) -> list[Row]:
+        """The attempts of one call in their order, as dictionaries; see `calls`."""
+        rows: dict[int, Row] = {}
+        for store in self._sources():
+            for row in store.attempts(request_id):
+                _take(rows, row["number"], row)
+        return [_attempt_row(rows[number]) for number in sorted(rows)]
+
+    def frame(self, limit: int | None = None, since: datetime | float | None = None) -> pd.DataFrame:
+        """`calls` as a DataFrame of `COLUMNS`. ``model`` is the one that answered, where one did.
+
+        ``cost_usd`` is a float64 here, so that it can be summed and plotted; it is exact to the nano-dollar up to
+        millions of dollars. Unknown is NaN or NA, never 0.
+        """
+        import pandas as pd
+
+        frame = pd.DataFrame.from_records(self.calls(limit, since), columns=[*COLUMNS, "response_model"])
+        frame["model"] = frame.pop("response_model").where(lambda model: model.notna(), frame["model"])
+        frame["cost_usd"] = [float("nan") if cost is None else float(cost) for cost in frame["cost_usd"]]
+        micros = (frame["started"].astype("float64") * 1e6).round().astype("int64")
+        frame["started"] = pd.to_datetime(micros, unit="us", utc=True).astype("datetime64[us, UTC]")
+        return frame.astype({column: kind for column, kind in COLUMNS.items() if column != "started"})
+
+    def _sources(self) -> Sequence[Store]:
+        """Where rows are: on disk, in memory, and not written yet."""
+        from llmkit.state.memory import MemoryStore
+
+        store = self._ready()
+        in_flight = MemoryStore()
+        for entry in list(self._open_calls.values()):
+            if not entry.refused:
+                _add(in_flight, list(entry.changes))
+        return [each for each in (self._readable_disk(), store, in_flight) if each is not None]
+
+    def _readable_disk(self) -> Store | None:
+        """The store that the ledger fell back from, if it can be read."""
+        if self._disk is None:
+            return None
+        try:
+            self._disk.owners()
+        except StoreError:
+            return None
+        return self._disk
+
+
+COLUMNS = {
+    "request_id": "string",
+    "started": "datetime64[us, UTC]",
+    "user": "string",
+    "tags": "object",
+    "model": "string",
+    "provider": "string",
+    "status": "string",
+    "source": "string",
+    "input_tokens": "Int64",
+    "cached_input_tokens": "Int64",
+    "output_tokens": "Int64",
+    "reasoning_tokens": "Int64",
+    "estimated": "boolean",
+    "cost_usd": "float64",
+    "latency_s": "float64",
+    "time_to_first_token_s": "float64",
+    "attempts": "Int64",
+    "retries": "Int64",
+    "error": "string",
+}
+
+_LEDGERS: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for ledger in list(_LEDGERS):
+        ledger._start_afresh()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def _mark_lost(store: Store, now: float) -> int:
+    """Calls in flight whose process is gone will not end any more. Returns how many were found."""
+    lost = 0
+    for owner, newest in store.owners().items():
+        gone = is_gone(owner)
+        if gone or (gone is None and newest < now - A_DAY):
+            lost += store.mark_lost(owner)
+    return lost
+
+
+def _add(store: Store, changes: list[Change]) -> None:
+    try:
+        store.commit(changes)
+    except DuplicateCall:  # two calls in flight with one request_id: the first is shown
+        return
+
+
+def _take(rows: dict[Any, Row], key: Any, row: Row) -> None:
+    """Of two rows of one thing, the one that has ended knows more."""
+    if key not in rows or rows[key]["status"] == "in_flight":
+        rows[key] = row
+
+
+def _is_rejection(error: BaseException | None) -> bool:
+    if isinstance(error, AllModelsFailed):
+        return all(_is_rejection(each) for each in error.errors)
+    return isinstance(error, CallRejected)
+
+
+def _attempt_ended(request_id: str, attempt: Attempt, cost: Cost | None) -> AttemptEnded:
+    return AttemptEnded(
+        attempt.status,
+        *_tokens(attempt.usage),
+        None if attempt.cost_usd is None else to_nanos(attempt.cost_usd),
+        None if cost is None else cost.source,
+        attempt.latency_s,
+        attempt.time_to_first_token_s,
+        attempt.http_status,
+        attempt.provider_request_id,
+        attempt.finish_reason,
+        attempt.maybe_billed,
+        attempt.error,
+        attempt.message[:MESSAGE_LENGTH] if attempt.message else None,
+        request_id,
+        attempt.number,
+    )
+
+
+def _tokens(usage: Usage | None) -> tuple[int | None, int | None, int | None, int | None, int | None, bool | None]:
+    """In the order of the columns, from ``input_tokens`` to ``estimated``."""
+    if usage is None:
+        return (None, None, None, None, None, None)
+    return (
+        usage.input_tokens,
+        usage.cached_input_tokens,
+        usage.cache_write_tokens,
+        usage.output_tokens,
+        usage.reasoning_tokens,
+        usage.estimated,
+    )
+
+
+def _summed(attempts: list[Attempt]) -> Usage | None:
+    """The tokens of all attempts together, as the cost is that of all; None where none is known."""
+    known = [attempt.usage for attempt in attempts if attempt.usage is not None]
+    if len(known) < 2:
+        return known[0] if known else None
+    return Usage(
+        input_tokens=sum(usage.input_tokens for usage in known),
+        output_tokens=sum(usage.output_tokens for usage in known),
+        cached_input_tokens=sum(usage.cached_input_tokens for usage in known),
+        cache_write_tokens=sum(usage.cache_write_tokens for usage in known),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in known),
+        estimated=any(usage.estimated for usage in known),
+    )
+
+
+def _summed_nanos(attempts: list[Attempt]) -> int | None:
+    """What the rows of the attempts add up to; None where the price of one is unknown."""
+    nanos = 0
+    for attempt in attempts:
+        if attempt.cost_usd is None:
+            return None
+        nanos += to_nanos(attempt.cost_usd)
+    return nanos
+
+
+def _tags(call: Call) -> str:
+    return json.dumps(dict(call.tags), sort_keys=True, default=str) if call.tags else "{}"
+
+
+@functools.lru_cache(maxsize=256)
+def _without_secrets(base_url: str) -> str:
+    """A URL without what may be a key: user, password and query."""
+    from urllib.parse import urlsplit, urlunsplit
+
+    try:
+        parts = urlsplit(base_url)
+    except ValueError:
+        return ""
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _call_row(row: Row) -> Row:
+    row["tags"] = json.loads(row["tags"])
+    return _with_python_types(row)
+
+
+def _attempt_row(row: Row) -> Row:
+    row["maybe_billed"] = None if row["maybe_billed"] is None else bool(row["maybe_billed"])
+    return _with_python_types(row)
+
+
+def _with_python_types(row: Row) -> Row:
+    nanos = row.pop("cost_nanos")
+    row["cost_usd"] = None if nanos is None else from_nanos(nanos)
+    row["estimated"] = None if row["estimated"] is None else bool(row["estimated"])
+    return row

@@ -1,0 +1,243 @@
+"""The protocol of a store, and what is written to one.
+
+A store takes *changes*: small records of something that began or ended. ``commit`` applies a list of them as one
+transaction, so that what belongs together is never seen apart; a new kind of fact is a new kind of change.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from llmkit.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from concurrent.futures import Future
+
+__all__ = [
+    "ATTEMPT_COLUMNS",
+    "CALL_COLUMNS",
+    "AttemptBegun",
+    "AttemptEnded",
+    "CallBegun",
+    "CallEnded",
+    "Change",
+    "DuplicateCall",
+    "Store",
+    "data_folder",
+    "fitting",
+    "fitting_text",
+    "ledger_path",
+    "open_store",
+]
+
+FILE_NAME = "ledger.sqlite3"
+LARGEST = 2**63 - 1
+LOST_MESSAGE = "its process ended before the call did; what was sent may be billed"
+
+
+# Of each record, the fields are the columns: the SQL is made from them, and they are its parameters in order. Only
+# what is known at the time is in it, since every column costs a third of a microsecond.
+
+
+class CallBegun(NamedTuple):
+    """A call came in. ``started`` is in epoch seconds, ``tags`` a JSON object, ``model`` as it was asked for."""
+
+    request_id: str
+    started: float
+    user: str | None
+    tags: str
+    model: str
+    owner: str
+
+
+class AttemptBegun(NamedTuple):
+    """A request is about to be sent. ``number`` is 1-based within the call."""
+
+    request_id: str
+    number: int
+    started: float
+    provider: str
+    model: str
+    base_url: str | None
+
+
+class AttemptEnded(NamedTuple):
+    """An attempt ended. Tokens as in `llmkit.reply.Usage`; None is unknown, never nothing; cost in nano-dollars."""
+
+    status: str
+    input_tokens: int | None
+    cached_input_tokens: int | None
+    cache_write_tokens: int | None
+    output_tokens: int | None
+    reasoning_tokens: int | None
+    estimated: bool | None
+    cost_nanos: int | None
+    price_source: str | None
+    latency_s: float
+    time_to_first_token_s: float | None
+    http_status: int | None
+    provider_request_id: str | None
+    finish_reason: str | None
+    maybe_billed: bool
+    error: str | None
+    message: str | None
+    request_id: str
+    number: int
+
+
+class CallEnded(NamedTuple):
+    """A call ended. Of tokens and cost the same holds as of an attempt's."""
+
+    status: str
+    response_model: str | None
+    provider: str | None
+    source: str | None
+    input_tokens: int | None
+    cached_input_tokens: int | None
+    cache_write_tokens: int | None
+    output_tokens: int | None
+    reasoning_tokens: int | None
+    estimated: bool | None
+    cost_nanos: int | None
+    latency_s: float | None
+    time_to_first_token_s: float | None
+    attempts: int
+    retries: int
+    finish_reason: str | None
+    error: str | None
+    message: str | None
+    request_id: str
+
+
+class DuplicateCall(StoreError):
+    """A call with this request_id is in the store already; nothing of the commit was applied."""
+
+    default_next_step = "give each call a request_id of its own, or none"
+
+
+Change = CallBegun | AttemptBegun | AttemptEnded | CallEnded
+
+CALL_COLUMNS = tuple(dict.fromkeys((*CallBegun._fields, *CallEnded._fields)))
+ATTEMPT_COLUMNS = tuple(dict.fromkeys((*AttemptBegun._fields, *AttemptEnded._fields)))
+
+
+class Store(Protocol):
+    """Where calls and attempts are kept. Safe to use from any thread and any event loop.
+
+    A call or attempt that has begun has the status ``in_flight`` until it ends, or until it is found to be ``lost``.
+
+    Attributes:
+        location: what it is, for people: a path, or ``memory``.
+    """
+
+    location: str
+
+    def commit(self, changes: Sequence[Change]) -> Future[None] | None:
+        """Apply ``changes`` as one transaction, without ever waiting for a lock that another process holds.
+
+        Returns:
+            None when it is done, which is the rule; else a future of its end: the store is busy, and a thread of its
+            own goes on trying, in the order of the commits. Cancelling the future does nothing.
+
+        Raises:
+            DuplicateCall: a call or attempt has begun before.
+            StoreError: it cannot be written. The future fails with the same.
+        """
+
+    def calls(self, *, limit: int | None = None, since: float | None = None) -> list[dict[str, Any]]:
+        """The newest ``limit`` calls that started at ``since`` (epoch seconds) or later, as `CALL_COLUMNS`, newest last.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+
+    def attempts(self, request_id: str) -> list[dict[str, Any]]:
+        """The attempts of one call in their order, as `ATTEMPT_COLUMNS`.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+
+    def owners(self) -> dict[str, float]:
+        """Who has calls in flight, and when the newest of them started (epoch seconds)."""
+
+    def mark_lost(self, owner: str) -> int:
+        """Every call in flight of ``owner`` becomes ``lost``, its open attempt ``maybe_billed``. Returns how many.
+
+        The cost of a lost call is unknown, unless no attempt was open.
+        """
+
+    def close(self) -> None:
+        """Finish what waits, and let go of files and threads. A later use opens it again."""
+
+
+def fitting(change: Change) -> Change:
+    """The same change with values that every store can hold: 64-bit integers, and text that is valid Unicode."""
+    return type(change)._make(_fit(value) for value in change)
+
+
+def _fit(value: Any) -> Any:
+    if isinstance(value, int):
+        return max(-LARGEST, min(LARGEST, value))
+    if isinstance(value, str):
+        return fitting_text(value)
+    return value if value is None or isinstance(value, float) else str(value)
+
+
+def fitting_text(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def data_folder() -> Path:
+    """The user's data folder for llmkit; the variable ``LLMKIT_DATA_DIR`` overrides it."""
+    if chosen := os.environ.get("LLMKIT_DATA_DIR"):
+        return Path(chosen).expanduser().absolute()
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("llmkit", appauthor=False))
+
+
+def ledger_path(url: str) -> Path | None:
+    """The file that ``url`` names; None for ``memory``.
+
+    ``sqlite`` is a file in the user's data folder; ``sqlite:///folder/file`` is that absolute path (``~`` works).
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if url == "memory":
+        return None
+    if url == "sqlite":
+        return data_folder() / FILE_NAME
+    if url.startswith(("redis://", "rediss://")):
+        raise ConfigError("[state] url: redis is not there yet", next_step='use "sqlite" or "memory"')
+    path = Path(url.removeprefix("sqlite:///")).expanduser()
+    if not url.startswith("sqlite:///") or "\0" in url or path in {Path(), Path("~")}:
+        raise ConfigError(f'[state] url is "{_shown(url)}"', next_step='use "sqlite", "sqlite:///path" or "memory"')
+    return path if path.is_absolute() else Path("/") / path
+
+
+def _shown(url: str) -> str:
+    """A URL that is not understood may hold a password."""
+    scheme, mark, rest = url.partition("://")
+    return f"{scheme}://…" if mark and rest else url[:80]
+
+
+def open_store(url: str) -> Store:
+    """Open the store that ``url`` names; waits for its files, so not for an event loop's thread.
+
+    Raises:
+        ConfigError: there is no such store.
+        StoreError: it cannot be opened.
+    """
+    path = ledger_path(url)
+    if path is None:
+        from llmkit.state.memory import MemoryStore
+
+        return MemoryStore()
+    from llmkit.state.sqlite import SQLiteStore
+
+    return SQLiteStore(path, private_folder=url == "sqlite" and "LLMKIT_DATA_DIR" not in os.environ)

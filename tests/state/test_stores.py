@@ -1,0 +1,234 @@
+"""The contract that every store keeps."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from llmkit.errors import ConfigError
+from llmkit.state import open_store
+from llmkit.state.memory import MemoryStore
+from llmkit.state.store import (
+    ATTEMPT_COLUMNS,
+    CALL_COLUMNS,
+    AttemptBegun,
+    AttemptEnded,
+    CallBegun,
+    CallEnded,
+    DuplicateCall,
+)
+
+OWNER = "host:1:a"
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def store(request):
+    opened = open_store(request.param)
+    yield opened
+    opened.close()
+
+
+def call_begun(request_id, started=1000.0, owner=OWNER):
+    return CallBegun(request_id, started, "ana", '{"app": "docs"}', "smart", owner)
+
+
+def attempt_begun(request_id, number=1, started=1000.5):
+    return AttemptBegun(request_id, number, started, "openai", "gpt-5-mini", "https://api.openai.com/v1")
+
+
+def attempt_ended(request_id, number=1, status="complete", nanos=1_000, tokens=12):
+    return AttemptEnded(
+        status, tokens, 2, 0, 30, 5, False, nanos, "table", 0.5, 0.1, 200, "req_1", "stop", False, None, None, request_id, number
+    )
+
+
+def call_ended(request_id, status="complete", nanos=1_000, tokens=12):
+    return CallEnded(
+        status, "gpt-5-mini-1", "openai", "provider", tokens, 2, 0, 30, 5, False, nanos, 0.5, 0.1, 1, 0, "stop", None, None, request_id
+    )
+
+
+def commit(store, *changes):
+    waiting = store.commit(changes)
+    if waiting is not None:
+        waiting.result(10)
+
+
+def test_a_call_in_flight_is_there_with_nothing_known_of_its_end(store):
+    commit(store, call_begun("a"), attempt_begun("a"))
+    (call,) = store.calls()
+    (attempt,) = store.attempts("a")
+    assert tuple(call) == CALL_COLUMNS
+    assert tuple(attempt) == ATTEMPT_COLUMNS
+    assert (call["status"], call["owner"], call["user"], call["tags"]) == ("in_flight", OWNER, "ana", '{"app": "docs"}')
+    assert (call["cost_nanos"], call["input_tokens"], call["error"], call["estimated"]) == (None, None, None, None)
+    assert (attempt["status"], attempt["provider"], attempt["started"]) == ("in_flight", "openai", 1000.5)
+    assert attempt["maybe_billed"] is None
+
+
+def test_what_ended_is_complete(store):
+    commit(store, call_begun("a"), attempt_begun("a"))
+    commit(store, attempt_ended("a"), call_ended("a"))
+    (call,) = store.calls()
+    (attempt,) = store.attempts("a")
+    assert {**call_begun("a")._asdict(), **call_ended("a")._asdict()} == call
+    assert {**attempt_begun("a")._asdict(), **attempt_ended("a")._asdict()} == attempt
+
+
+def test_an_end_changes_nothing_but_its_own_row(store):
+    commit(store, call_begun("a"), attempt_begun("a"), attempt_begun("a", 2), call_begun("b"), attempt_begun("b"))
+    commit(store, attempt_ended("a", 2), call_ended("b"))
+    assert [row["status"] for row in store.attempts("a")] == ["in_flight", "complete"]
+    assert [row["status"] for row in store.attempts("b")] == ["in_flight"]
+    assert {row["request_id"]: row["status"] for row in store.calls()} == {"a": "in_flight", "b": "complete"}
+
+
+def test_an_end_without_a_beginning_is_nothing(store):
+    commit(store, attempt_ended("a"), call_ended("a"))
+    assert store.calls() == []
+    assert store.attempts("a") == []
+
+
+def test_calls_come_newest_last_whatever_order_they_were_written_in(store):
+    commit(store, call_begun("c", 3.0), call_begun("a", 1.0), call_begun("b2", 2.0), call_begun("b1", 2.0))
+    assert [row["request_id"] for row in store.calls()] == ["a", "b1", "b2", "c"]
+    assert [row["request_id"] for row in store.calls(limit=2)] == ["b2", "c"]
+    assert [row["request_id"] for row in store.calls(since=2.0)] == ["b1", "b2", "c"]
+    assert [row["request_id"] for row in store.calls(since=2.0, limit=1)] == ["c"]
+    assert [row["request_id"] for row in store.calls(limit=99)] == ["a", "b1", "b2", "c"]
+
+
+def test_a_row_that_was_read_is_the_readers_own(store):
+    commit(store, call_begun("a"), attempt_begun("a"))
+    store.calls()[0]["status"] = store.attempts("a")[0]["status"] = "changed"
+    assert store.calls()[0]["status"] == store.attempts("a")[0]["status"] == "in_flight"
+
+
+def test_a_commit_is_all_or_nothing(store):
+    commit(store, call_begun("a"), attempt_begun("a"))
+    with pytest.raises(DuplicateCall):
+        commit(store, call_begun("b"), call_ended("a"), call_begun("a"))
+    with pytest.raises(DuplicateCall):
+        commit(store, call_ended("a"), attempt_begun("a"))
+    (call,) = store.calls()
+    assert (call["request_id"], call["status"]) == ("a", "in_flight")
+    commit(store, call_ended("a"))
+    assert store.calls()[0]["status"] == "complete"
+
+
+def test_values_that_no_column_holds_are_brought_into_its_range(store):
+    commit(store, call_begun("id \ud800"), attempt_begun("id \ud800"))
+    commit(store, attempt_ended("id \ud800", tokens=10**30, nanos=-(10**30)), call_ended("id \ud800", tokens=10**30))
+    assert store.calls()[0]["input_tokens"] == 2**63 - 1
+    assert store.calls()[0]["status"] == "complete"
+    (attempt,) = store.attempts("id \ud800")
+    assert (attempt["input_tokens"], attempt["cost_nanos"]) == (2**63 - 1, -(2**63 - 1))
+
+
+def test_text_is_data(store):
+    nasty = "'; DROP TABLE calls; --\0\n€"
+    commit(store, call_begun(nasty), attempt_begun(nasty))
+    assert store.calls()[0]["request_id"] == nasty
+    assert len(store.attempts(nasty)) == 1
+
+
+def test_owners_are_those_with_calls_in_flight(store):
+    commit(store, call_begun("a", 1.0, "x"), call_begun("b", 5.0, "x"), call_begun("c", 3.0, "y"), call_begun("d", 9.0, "z"))
+    commit(store, call_ended("d"))
+    assert store.owners() == {"x": 5.0, "y": 3.0}
+
+
+def test_calls_of_a_dead_owner_are_lost_and_maybe_billed(store):
+    commit(store, call_begun("open", owner="dead"), attempt_begun("open"), attempt_begun("open", 2))
+    commit(store, attempt_ended("open", 1, "failed"))
+    commit(store, call_begun("between", owner="dead"), attempt_begun("between"), attempt_ended("between", nanos=7))
+    commit(store, call_begun("waiting", owner="dead"))
+    commit(store, call_begun("done", owner="dead"), attempt_begun("done"), attempt_ended("done"), call_ended("done"))
+    commit(store, call_begun("other"), attempt_begun("other"))
+    assert store.mark_lost("dead") == 3
+    calls = {row["request_id"]: row for row in store.calls()}
+    assert {key: row["status"] for key, row in calls.items()} == {
+        "open": "lost",
+        "between": "lost",
+        "waiting": "lost",
+        "done": "complete",
+        "other": "in_flight",
+    }
+    assert [(row["status"], row["maybe_billed"]) for row in store.attempts("open")] == [("failed", False), ("lost", True)]
+    assert [row["status"] for row in store.attempts("other")] == ["in_flight"]
+    # The cost of an attempt whose end nobody saw is unknown, and so is that of its call.
+    assert (calls["open"]["cost_nanos"], calls["between"]["cost_nanos"], calls["waiting"]["cost_nanos"]) == (None, 7, 0)
+    assert (calls["open"]["attempts"], calls["waiting"]["attempts"]) == (2, 0)
+    assert "billed" in calls["open"]["message"]
+    assert store.owners() == {OWNER: 1000.0}
+    assert store.mark_lost("dead") == 0
+
+
+def test_a_call_that_was_thought_lost_and_ends_has_ended(store):
+    commit(store, call_begun("a"), attempt_begun("a"))
+    store.mark_lost(OWNER)
+    commit(store, attempt_ended("a"), call_ended("a"))
+    assert (store.calls()[0]["status"], store.attempts("a")[0]["status"]) == ("complete", "complete")
+    assert store.calls()[0]["message"] is None
+
+
+def test_threads_share_it(store):
+    def write(thread):
+        for number in range(50):
+            key = f"{thread}-{number}"
+            commit(store, call_begun(key), attempt_begun(key))
+            commit(store, attempt_ended(key), call_ended(key))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    rows = store.calls()
+    assert len(rows) == 200
+    assert {row["status"] for row in rows} == {"complete"}
+
+
+def test_closing_twice_is_harmless_and_a_later_use_opens_it_again(store):
+    commit(store, call_begun("a"), attempt_begun("a"))
+    store.close()
+    store.close()
+    assert [row["request_id"] for row in store.calls()] == ["a"]
+    commit(store, call_ended("a"))
+    assert store.calls()[0]["status"] == "complete"
+
+
+def test_memory_is_bounded():
+    store = MemoryStore(max_calls=3)
+    for number in range(10):
+        commit(store, call_begun(str(number)), attempt_begun(str(number)))
+    assert [row["request_id"] for row in store.calls()] == ["7", "8", "9"]
+    assert store.attempts("1") == []
+    assert len(store.attempts("9")) == 1
+
+
+def test_urls(tmp_path, monkeypatch):
+    assert open_store("memory").location == "memory"
+    inside = open_store("sqlite")
+    assert inside.location == str(tmp_path / "llmkit-data" / "ledger.sqlite3")
+    inside.close()
+    there = open_store(f"sqlite://{tmp_path}/elsewhere/my.db")
+    assert there.location == str(tmp_path / "elsewhere" / "my.db")
+    there.close()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = open_store("sqlite:///~/home.db")
+    assert home.location == str(tmp_path / "home.db")
+    home.close()
+
+
+@pytest.mark.parametrize("url", ["", "sqlit", "sqlite://", "sqlite:///", "sqlite:///a\0b", "postgres://u:secret@h/x", "file.db"])
+def test_a_url_that_names_no_store_is_one_clear_error(url):
+    with pytest.raises(ConfigError, match=r"\[state\] url") as caught:
+        open_store(url)
+    assert "secret" not in caught.value.block()
+
+
+def test_redis_is_said_to_be_missing():
+    with pytest.raises(ConfigError, match="redis is not there yet"):
+        open_store("redis://user:secret@host")
