@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakSet
 
 from llmkit.call import Call, Message, Trail, messages_from
 from llmkit.clock import Clock, SystemClock
@@ -55,11 +56,14 @@ class AsyncClient:
         self.clock: Clock = clock or SystemClock()
         self.ledger = Ledger.open(self.config.state_url, self.clock)
         self.circuits = Breakers(self.config.breaker, self.clock)
-        self._provider = Provider(self.clock, transport=transport, offline=self.config.offline)
+        self._provider = Provider(
+            self.clock, transport=transport, offline=self.config.offline, environ=self.config.environ
+        )
         self._pipeline = Pipeline(
             standard(self.config, clock=self.clock, ledger=self.ledger, breakers=self.circuits), self._provider
         )
         self._model: str | None = None
+        self._arriving: WeakSet[Reply] = WeakSet()
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -86,7 +90,10 @@ class AsyncClient:
         return Opening(self, prompt, options)
 
     async def _open(self, prompt: Any, *, stream: bool, options: dict[str, Any]) -> Reply:
-        return await self._pipeline(self._call(prompt, stream, Options.of(options)))
+        reply = await self._pipeline(self._call(prompt, stream, Options.of(options)))
+        if stream:
+            self._arriving.add(reply)
+        return reply
 
     def _call(self, prompt: Any, stream: bool, options: Options) -> Call:
         config = self.config
@@ -145,6 +152,8 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Close connections and the ledger. Replies still arriving are aborted and settled."""
+        for reply in list(self._arriving):
+            await reply.aclose()
         await self._provider.aclose()
         self.ledger.close()
 

@@ -88,7 +88,9 @@ class Options:
                 raise ConfigError(f"{name} is a dict, not a {type(getattr(self, name)).__name__}")
         if any(not isinstance(part, str) for tag in (self.tags or {}).items() for part in tag):
             raise ConfigError("tags maps text to text")
-        self.max_cost_usd  # noqa: B018  a property that checks
+        if self.on_event is not None and not callable(self.on_event):
+            raise ConfigError("on_event is something that can be called with an event")
+        _ = self.max_cost_usd  # reading it checks it
         self.timeouts(Timeouts())
 
     @property

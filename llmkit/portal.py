@@ -37,7 +37,12 @@ class Portal:
         self.loop.run_forever()
 
     def start(self, work: Coroutine[Any, Any, T]) -> Job[T]:
-        """Run ``work`` on the loop; harmless to call from any thread but the loop's own."""
+        """Run ``work`` on the loop; from any thread but the loop's own."""
+        job = self._job(work)
+        job.begin()
+        return job
+
+    def _job(self, work: Coroutine[Any, Any, T]) -> Job[T]:
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("a sync llmkit.Client was used on llmkit's own event loop; use AsyncClient there")
@@ -48,8 +53,9 @@ class Portal:
 
         An interrupt cancels it, waits until it has settled, and is raised again.
         """
-        job = self.start(work)
+        job = self._job(work)
         try:
+            job.begin()  # in here: an interrupt may come at any moment
             return job.result()
         except BaseException:
             job.cancel()
@@ -66,8 +72,9 @@ class Portal:
             finally:
                 queue.put(None)
 
-        job = self.start(pump())
+        job = self._job(pump())
         try:
+            job.begin()
             while (chunk := queue.get()) is not None:
                 yield chunk
             job.result()
@@ -90,12 +97,15 @@ class Job(Generic[T]):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> None:
         self._loop = loop
+        self._work = work
         self._done: SimpleQueue[None] = SimpleQueue()
         self._task: asyncio.Task[T] | None = None
-        loop.call_soon_threadsafe(self._begin, work)
 
-    def _begin(self, work: Coroutine[Any, Any, T]) -> None:
-        self._task = self._loop.create_task(work)
+    def begin(self) -> None:
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._work)
         self._task.add_done_callback(lambda _: self._done.put(None))
 
     def result(self) -> T:
@@ -107,12 +117,19 @@ class Job(Generic[T]):
 
     def cancel(self) -> None:
         """Cancel it, unless it has ended, and wait (bounded) until it has settled."""
-        self._loop.call_soon_threadsafe(lambda: self._task is not None and self._task.cancel())
+        self._loop.call_soon_threadsafe(self._cancel)
         try:
             self._done.get(timeout=SETTLE_S)
         except Empty:
             return
         self._done.put(None)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        elif self._done.empty():  # interrupted before it could begin
+            self._work.close()
+            self._done.put(None)
 
 
 async def _cancel_others() -> None:

@@ -12,7 +12,7 @@ from llmkit.call import Attempt
 from llmkit.errors import LLMKitError, ProviderError
 from llmkit.events import AttemptEnded, AttemptStarted, emit
 from llmkit.models import prices, tokens
-from llmkit.reply import Outcome, Reply, Usage, settled
+from llmkit.reply import Head, Outcome, Reply, Usage, settled
 
 if TYPE_CHECKING:
     from llmkit.call import Call
@@ -78,8 +78,7 @@ class Meter:
             error=type(error).__name__ if error is not None else None,
             message=error.message if isinstance(error, LLMKitError) else None,
             http_status=provider_error.status if provider_error else 200 if reply is not None else None,
-            provider_request_id=(head and head.provider_request_id)
-            or (provider_error and provider_error.provider_request_id),
+            provider_request_id=(head or provider_error or Head()).provider_request_id,
             finish_reason=reply.finish_reason if reply is not None else None,
             maybe_billed=_maybe_billed(outcome),
         )

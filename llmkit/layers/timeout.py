@@ -9,7 +9,7 @@ when it fires. A timer a chunk would cost more than all layers together.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.errors import FirstTokenTimeout, IdleTimeout, ProviderTimeout, TotalTimeout
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from llmkit.reply import Chunk, Outcome, Reply
 
 __all__ = ["Timeout"]
+
+T = TypeVar("T")
 
 
 class Timeout:
@@ -74,7 +76,7 @@ class _Watch:
         assert self._source is not None
         return self.wait(self._source.__anext__(), self._call.timeouts.idle, IdleTimeout)
 
-    async def wait(self, waiting: Awaitable[Any], limit: float | None, kind: type[ProviderTimeout]) -> Any:
+    async def wait(self, waiting: Awaitable[T], limit: float | None, kind: type[ProviderTimeout]) -> T:
         task = asyncio.current_task()
         assert task is not None
         before = task.cancelling()
