@@ -52,11 +52,12 @@ def examine(environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
         yield Finding("settings", "ok", str(config.file or f"no llmkit.toml from {os.getcwd()} upwards"))
         yield from (Finding("settings", "note", notice) for notice in config.notices)
     yield from _keys(config.providers.values(), environ)
+    entries = list(_located(config))
     if config.offline:
         yield Finding("offline", "note", "LLMKIT_OFFLINE is on: no call leaves this machine")
-    yield from _local_servers(config)
+    yield from _local_servers(entries)
     if not config.offline:
-        yield from _hosted(config.providers.values(), environ)
+        yield from _hosted(entries, environ)
     yield _store(config)
     yield _prices()
     yield from _default(config)
@@ -77,11 +78,22 @@ def _keys(entries: Iterable[ProviderEntry], environ: Mapping[str, str]) -> Itera
     )
 
 
-def _local_servers(config: Config) -> Iterator[Finding]:
+def _located(config: Config) -> Iterator[ProviderEntry]:
+    """Every provider where its variable puts it; one whose variable is wrong is said when it is asked for."""
+    from llmkit.providers.catalog import located
+
+    for entry in config.providers.values():
+        try:
+            yield located(entry, config.environ)
+        except LLMKitError:
+            continue
+
+
+def _local_servers(entries: Iterable[ProviderEntry]) -> Iterator[Finding]:
     from llmkit.providers.discovery import find
 
     by_url: dict[str, dict[str, ProviderEntry]] = {}
-    for entry in config.providers.values():
+    for entry in entries:
         if entry.local:
             by_url.setdefault(entry.base_url, {})[entry.name] = entry
     found = [find(entries, {}) for entries in by_url.values()]

@@ -1,0 +1,207 @@
+"""The commands at the shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmkit
+from llmkit.__main__ import main
+from llmkit.commands import lab
+from llmkit.doctor import examine
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """No settings of a folder above may matter."""
+    folder = tmp_path / "somewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_the_version(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"llmkit {llmkit.__version__}\n"
+
+
+def test_python_m_llmkit_and_its_help() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "llmkit", "--help"], capture_output=True, text=True, env=environment, timeout=60, check=True
+    )
+    assert "examples:" in done.stdout
+    for command in ("demo", "lab", "doctor", "simulate"):
+        assert f"llmkit {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["nothing"], ["doctor", "--fast"], ["simulate", "--port", "70000"], ["simulate", "--port", "x"]]
+)
+def test_wrong_words_exit_with_2(words, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_an_error_is_one_block_on_stderr(capsys) -> None:
+    assert main(["lab", "no/such/folder"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ConfigError: there is no notebook or folder no/such/folder\nnext: ")
+    assert "Traceback" not in err
+
+
+def test_an_interrupt_exits_with_130(monkeypatch, capsys) -> None:
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmkit.commands.doctor.run", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+# -- lab -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that would have started JupyterLab."""
+    commands = []
+
+    class Process:
+        def __init__(self, command):
+            commands.append(command)
+
+        def wait(self):
+            return 3
+
+    monkeypatch.setattr(lab.subprocess, "Popen", Process)
+    monkeypatch.setattr(lab.os, "geteuid", lambda: 1000, raising=False)
+    return commands
+
+
+def test_lab_opens_the_quickstart_of_the_clone(started, capsys) -> None:
+    assert main(["lab"]) == 3
+    assert started == [[sys.executable, "-m", "jupyterlab", str(ROOT / "notebooks" / "quickstart.ipynb")]]
+    assert "quickstart.ipynb" in capsys.readouterr().out
+
+
+def test_lab_puts_a_copy_into_a_folder_and_keeps_one_that_is_there(started, elsewhere) -> None:
+    assert main(["lab", "."]) == 3
+    copy = elsewhere / "quickstart.ipynb"
+    assert json.loads(copy.read_text("utf-8"))["nbformat"] == 4
+    copy.write_text("mine", "utf-8")
+    assert main(["lab", str(elsewhere)]) == 3
+    assert copy.read_text("utf-8") == "mine"
+
+
+def test_lab_without_a_clone_copies_the_packaged_notebook(started, elsewhere, monkeypatch, tmp_path) -> None:
+    packaged = tmp_path / "site-packages" / "llmkit" / "quickstart.ipynb"
+    packaged.parent.mkdir(parents=True)
+    packaged.write_text("{}", "utf-8")
+    monkeypatch.setattr(lab, "_original", lambda: packaged)
+    assert main(["lab"]) == 3
+    assert (elsewhere / "quickstart.ipynb").read_text("utf-8") == "{}"
+    assert started[0][3] == str(elsewhere / "quickstart.ipynb")
+
+
+def test_lab_hands_on_what_it_does_not_know(started) -> None:
+    main(["lab", "--port", "9999", "--no-browser"])
+    assert started[0][4:] == ["--port", "9999", "--no-browser"]
+    main(["lab", ".", "--ip=0.0.0.0"])
+    assert started[1][4:] == ["--ip=0.0.0.0"]
+
+
+def test_lab_lets_root_in(started, monkeypatch) -> None:
+    monkeypatch.setattr(lab.os, "geteuid", lambda: 0, raising=False)
+    main(["lab"])
+    main(["lab", "--allow-root=False"])
+    assert [command[-1] for command in started] == ["--allow-root", "--allow-root=False"]
+
+
+def test_lab_says_how_to_get_jupyterlab(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(lab.importlib.util, "find_spec", lambda _: None)
+    assert main(["lab"]) == 1
+    assert 'pip install "llmkit[lab]"' in capsys.readouterr().err
+
+
+def test_lab_in_a_folder_that_cannot_be_written(started, monkeypatch, capsys) -> None:
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(lab.shutil, "copyfile", refuse)
+    assert main(["lab", "."]) == 1
+    assert "cannot be written: Permission denied" in capsys.readouterr().err
+
+
+# -- doctor ----------------------------------------------------------------------------------------------------------
+
+OFFLINE = {"LLMKIT_OFFLINE": "1"}
+
+
+def findings(environ):
+    return {finding.subject: finding for finding in examine(environ)}
+
+
+def test_doctor_finds_nothing_wrong_here(capsys) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "WRONG" not in out
+    assert "the simulator (offline: no call leaves this machine)" in out
+    assert "ledger.sqlite3" in out
+
+
+def test_doctor_never_shows_a_key() -> None:
+    found = findings(OFFLINE | {"OPENAI_API_KEY": "sk-verysecretindeed", "GROQ_API_KEY": "gsk_alsosecret"})
+    assert found["keys"].text == "OPENAI_API_KEY, GROQ_API_KEY are set"
+    assert "secret" not in str(found)
+
+
+def test_doctor_names_wrong_settings(elsewhere, capsys) -> None:
+    (elsewhere / "llmkit.toml").write_text("[timeout]\ntotl = 3\n", "utf-8")
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG settings" in out
+    assert "line 2" in out
+    assert "total" in out
+
+
+def test_doctor_names_a_missing_key() -> None:
+    found = [f for f in examine({"LLMKIT_MODEL": "openai:gpt-5-mini"} | {"HTTPS_PROXY": "http://127.0.0.1:9"})]
+    assert ("model", "wrong") in [(f.subject, f.state) for f in found]
+    assert any("OPENAI_API_KEY is not set" in f.text for f in found)
+
+
+def test_doctor_tells_a_server_that_cannot_be_reached() -> None:
+    environ = {"OPENAI_API_KEY": "k" * 20, "OPENAI_BASE_URL": f"http://127.0.0.1:{free_port()}/v1"}
+    found = findings(environ)
+    assert found["openai"].state == "wrong"
+    assert "cannot be reached" in found["openai"].text
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environ["OPENAI_BASE_URL"] = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        assert findings(environ)["openai"].state == "ok"
+
+
+def test_doctor_tells_a_store_that_cannot_be_written(elsewhere) -> None:
+    (elsewhere / "llmkit.toml").write_text(f'[state]\nurl = "sqlite:///{elsewhere}/llmkit.toml/ledger"\n', "utf-8")
+    assert findings(OFFLINE)["store"].state == "wrong"
