@@ -35,7 +35,8 @@ class AsyncClient:
 
     Args:
         config: settings read elsewhere; by default ``llmkit.toml`` and the environment are read.
-        transport: an `httpx.AsyncBaseTransport` to send through, instead of llmkit's own.
+        transport: an `httpx.AsyncBaseTransport` to send through, instead of llmkit's own and of the built-in simulator:
+            an `httpx.MockTransport`, or a `llmkit.testing.Simulator` with faults to come.
         clock: time, sleep and chance; for tests.
         settings: single settings over the config, by their names in the file (``model="…"``, ``timeout={"total": 60}``).
 
@@ -57,7 +58,11 @@ class AsyncClient:
         self.ledger = Ledger.open(self.config.state_url, self.clock)
         self.circuits = Breakers(self.config.breaker, self.clock)
         self._provider = Provider(
-            self.clock, transport=transport, offline=self.config.offline, environ=self.config.environ
+            self.clock,
+            transport=transport,
+            simulator=transport,
+            offline=self.config.offline,
+            environ=self.config.environ,
         )
         self._pipeline = Pipeline(
             standard(self.config, clock=self.clock, ledger=self.ledger, breakers=self.circuits), self._provider
