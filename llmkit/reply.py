@@ -469,8 +469,8 @@ async def shielded(work: Coroutine[Any, Any, None]) -> None:
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError as error:
-            if task.done():
-                break
+            if task.cancelled():  # the loop itself is closing down
+                raise
             cancelled = error
     if cancelled is not None:
         raise cancelled
@@ -484,15 +484,13 @@ async def _continued(work: Coroutine[Any, Any, None], waiting_for: Any) -> None:
 @types.coroutine
 def _resume(work: Coroutine[Any, Any, None], waiting_for: Any) -> Generator[Any, Any, None]:
     while True:
+        failure: BaseException | None = None
+        sent: Any = None
         try:
             sent = yield waiting_for
         except BaseException as error:  # noqa: BLE001  the loop throws here what `work` waits for failed with
-            step = work.throw
-            argument: Any = error
-        else:
-            step = work.send
-            argument = sent
+            failure = error
         try:
-            waiting_for = step(argument)
+            waiting_for = work.send(sent) if failure is None else work.throw(failure)
         except StopIteration:
             return

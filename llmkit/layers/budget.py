@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import BudgetExceeded, PriceUnknown
 from llmkit.models import prices, tokens, windows
@@ -72,6 +72,7 @@ class Budget:
             cap, scope = link.max_cost_usd, "link"
         if cap is None or prices.is_free(endpoint):
             return None
+        await prices.ready(endpoint)
         at = self._clock.time()
         if not prices.is_known(endpoint, at=at):
             if call.max_cost_is_default and scope == "request":
@@ -80,15 +81,21 @@ class Budget:
             raise PriceUnknown(message, model=endpoint.name)
         left = cap - (call.trail.spent or Decimal(0))
         wanted = call.params.max_tokens
+        extra = call.params.extra
+        terms: dict[str, Any] = {
+            "at": at,
+            "service_tier": extra.get("service_tier") if extra else None,
+            "cache_writes": prices.asks_for_cache(call.messages, extra),
+        }
         # The cheap bound first: most calls are far below their cap, and then nothing need be counted.
-        bound = tokens.upper_bound(call.messages)
-        if _fits(prices.worst_case(endpoint, bound, wanted or MOST_OUTPUT, at=at), left):
+        bound = tokens.upper_bound(call.messages, model=endpoint.model, extra=extra)
+        if _fits(prices.worst_case(endpoint, bound, wanted or MOST_OUTPUT, **terms), left):
             return None
-        counted = await tokens.safe_count(endpoint, call.messages)
-        affordable = prices.affordable_output(endpoint, counted, left, at=at)
+        counted = await tokens.safe_count(endpoint, call.messages, extra=extra)
+        affordable = prices.affordable_output(endpoint, counted, left, **terms)
         least = wanted or 1
         if affordable is None or affordable < least:
-            needed = prices.worst_case(endpoint, counted, least, at=at) or Decimal(0)
+            needed = prices.worst_case(endpoint, counted, least, **terms) or Decimal(0)
             raise BudgetExceeded(
                 f"{endpoint.name} could cost ${needed:.6f} for {counted} tokens in and {least} out; "
                 f"the {'link' if scope == 'link' else 'request'}'s cap leaves ${max(left, Decimal(0)):.6f} of ${cap}",
@@ -103,11 +110,12 @@ class Budget:
         cap = call.max_total_tokens
         if cap is None:
             return None
-        counted = tokens.upper_bound(call.messages)
+        extra = call.params.extra
+        counted = tokens.upper_bound(call.messages, model=call.endpoint.model, extra=extra)
         least = call.params.max_tokens or 1
         left = cap - call.trail.tokens
         if counted + least > left:
-            counted = await tokens.safe_count(call.endpoint, call.messages)
+            counted = await tokens.safe_count(call.endpoint, call.messages, extra=extra)
         if counted + least > left:
             raise BudgetExceeded(
                 f"{counted} tokens in and {least} out do not fit into the {left} tokens that the request's cap of {cap} leaves",

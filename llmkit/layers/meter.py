@@ -54,6 +54,7 @@ class Meter:
         endpoint, reply, error = call.endpoint, outcome.reply, outcome.error
         usage = await self._usage(call, outcome)
         head = reply.head if reply is not None else None
+        await prices.ready(endpoint)
         cost = prices.cost(
             endpoint,
             usage or Usage(),

@@ -167,13 +167,16 @@ async def counted(endpoint: Endpoint, messages: Sequence[Message], text: str, re
     )
 
 
-async def safe_count(endpoint: Endpoint, messages: Sequence[Message]) -> int:
+async def safe_count(
+    endpoint: Endpoint, messages: Sequence[Message], *, extra: Mapping[str, Any] | None = None
+) -> int:
     """Input tokens that will not be exceeded: as near as the encoding allows, `upper_bound` where it is unknown."""
     if not endpoint.simulated and encoding_for(endpoint.model) is None:
-        return upper_bound(messages, model=endpoint.model)
+        return upper_bound(messages, model=endpoint.model, extra=extra)
+    more = _json_size(extra) if extra else 0
     if is_loaded(endpoint) and _length(messages) <= _QUICK:
-        return _safe_count(endpoint, messages)
-    return await _threaded(_safe_count, endpoint, messages)
+        return more + _safe_count(endpoint, messages)
+    return more + await _threaded(_safe_count, endpoint, messages)
 
 
 def _safe_count(endpoint: Endpoint, messages: Sequence[Message]) -> int:

@@ -25,7 +25,9 @@ def endpoint(model: str = "m", **changes: Any) -> Endpoint:
     return Endpoint(provider="test", model=model, base_url="http://127.0.0.1:9/v1", **{"price": PAID, **changes})
 
 
-def call_for(clock: FakeClock, *links: Link | Endpoint, prompt: str = "hi", events: list[Event] | None = None, **changes: Any) -> Call:
+def call_for(
+    clock: FakeClock, *links: Link | Endpoint, prompt: str = "hi", events: list[Event] | None = None, **changes: Any
+) -> Call:
     route = tuple(link if isinstance(link, Link) else Link(endpoint=link) for link in links or (endpoint(),))
     timeouts = changes.setdefault("timeouts", Timeouts())
     deadline = None if timeouts.total is None else clock.now() + timeouts.total
