@@ -46,7 +46,12 @@ def test_the_version(capsys) -> None:
 def test_python_m_llmkit_and_its_help() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "llmkit", "--help"], capture_output=True, text=True, env=environment, timeout=60, check=True
+        [sys.executable, "-m", "llmkit", "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=True,
     )
     assert "examples:" in done.stdout
     for command in ("demo", "lab", "doctor", "simulate"):
@@ -187,7 +192,7 @@ def test_doctor_names_wrong_settings(elsewhere, capsys) -> None:
 
 
 def test_doctor_names_a_missing_key() -> None:
-    found = [f for f in examine({"LLMKIT_MODEL": "openai:gpt-5-mini"} | {"HTTPS_PROXY": "http://127.0.0.1:9"})]
+    found = list(examine({"LLMKIT_MODEL": "openai:gpt-5-mini"} | {"HTTPS_PROXY": "http://127.0.0.1:9"}))
     assert ("model", "wrong") in [(f.subject, f.state) for f in found]
     assert any("OPENAI_API_KEY is not set" in f.text for f in found)
 
