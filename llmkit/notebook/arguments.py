@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -195,6 +194,8 @@ def _refuse_unknown(words: Sequence[str]) -> None:
     if option is None:
         message = f"%%llm: {words[0]!r:.60} is no option"
         raise ConfigError(message, next_step="the prompt begins on the next line; commands are %llm with one %")
+    import difflib
+
     option = option.partition("=")[0]
     if option in LATER:
         raise ConfigError(f"%%llm: {option} is not in this version yet", next_step=HELP)

@@ -40,21 +40,27 @@ QUIET_S = 2.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """The kernel was interrupted during a cell. ``reply`` holds what had arrived, or is None."""
+    """The kernel was interrupted during a cell.
 
-    def __init__(self, reply: Reply | None, spent: Decimal | None, *, sent: bool) -> None:
+    Attributes:
+        reply: what had arrived; None where no text had.
+        spent: USD, as far as it was seen; None where it is unknown.
+        sent: whether a request had been sent. billed: whether one may be billed for more than was seen.
+    """
+
+    def __init__(self, reply: Reply | None, spent: Decimal | None, *, sent: bool, billed: bool) -> None:
         super().__init__("interrupted; the connection is closed")
         self.reply = reply
         self.spent = spent
         self.sent = sent
+        self.billed = billed
 
     def block(self) -> str:
         lines = [f"Interrupted: {'the connection is closed' if self.sent else 'nothing was sent'}"]
         if self.sent:
             cost = "unknown" if self.spent is None else footer.money(self.spent) if self.spent else "nothing"
-            estimated = self.reply is None or self.reply.usage is None or self.reply.usage.estimated
             lines.append(
-                f"spent: {cost}" + (" (counted here; the provider may bill more)" if estimated and self.spent else "")
+                f"spent: {cost} that was seen; the provider may bill more" if self.billed else f"spent: {cost}"
             )
         if self.reply is not None and self.reply.text:
             lines.append(f"kept: {len(self.reply.text)} characters of the answer, above and in the variable")
@@ -88,8 +94,9 @@ def ask(
         finally:
             inbox.put(None)
 
-    job = portal.start(work())
+    job = portal._job(work())
     try:
+        job.begin()  # in here: an interrupt may come at any moment
         _watch(inbox, progress, view)
         job.result()
     except KeyboardInterrupt:
@@ -118,7 +125,7 @@ def _watch(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> None:
             news = False
         if news is None:
             return
-        if news:
+        if news is not False:
             progress.hear(news)
         if not pace.due():
             continue
@@ -166,7 +173,7 @@ class _Progress:
         """Take in an event, or the reply at its first token."""
         if isinstance(news, Reply):
             self.reply = news
-            self._tell(f"{tidy(news.model, limit=100)} is answering …")
+            self._tell(f"{tidy(news.model, limit=100)} is {'answering' if news.text else 'reasoning'} …")
         elif isinstance(news, AttemptStarted):
             self.sent = True
             again = f", attempt {news.number}" if news.number > 1 else ""
@@ -217,12 +224,13 @@ def _show_failure(error: LLMKitError, progress: _Progress, view: View) -> None:
 def _interrupted(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> Interrupted:
     _drain(inbox, progress)
     reply = progress.reply
+    billed = any(attempt.maybe_billed for attempt in progress.attempts)
     if reply is None or not reply.text:
         parts = footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings)
-        view.done(None, [*parts, footer.Part("interrupted", warns=True)])
+        view.done(None, [*(part for part in parts if not part.warns), footer.Part("interrupted", warns=True)])
         costs = [attempt.cost_usd for attempt in progress.attempts]
         known = [cost for cost in costs if cost is not None]
         spent = sum(known[1:], known[0]) if costs and len(known) == len(costs) else None
-        return Interrupted(None, spent, sent=progress.sent)
+        return Interrupted(None, spent, sent=progress.sent, billed=billed)
     view.done(reply, footer.of_reply(reply, interrupted=True, timings=view.timings))
-    return Interrupted(reply, reply.cost_usd, sent=True)
+    return Interrupted(reply, reply.cost_usd, sent=True, billed=billed)

@@ -73,7 +73,7 @@ def _status(magics: LLMMagics, words: list[str]) -> None:
     _no_more(words, "%llm")
     session = magics.session
     chosen = f"{magics.model} (chosen here)" if magics.model else str(session.default)
-    lines = [("model", chosen), ("caps", _caps(magics)), ("spent", _spent(magics))]
+    lines = [("model", chosen), ("caps", _caps(magics).removeprefix("cap ")), ("spent", _spent(magics))]
     unwell = [circuit for circuit in session.client.circuits if circuit.state != "closed"]
     lines.append(("circuits", "; ".join(_circuit(circuit) for circuit in unwell) or "all closed"))
     if session.config.file:
@@ -111,12 +111,18 @@ def _models(magics: LLMMagics, words: list[str]) -> None:
         lines += ["", "aliases"]
         lines += [f"  {name}: {' → '.join(link.endpoint.name for link in links)}" for name, links in aliases.items()]
     lines += ["", "providers (a model is PROVIDER:MODEL)"]
+    keyless = []
     for entry in config.providers.values():
-        if entry.api_key_env is None:
-            state = "the simulator, nothing is billed" if entry.simulated else f"no key needed, {entry.base_url}"
+        if entry.simulated:
+            lines.append(f"  {entry.name}: built in, nothing is billed")
+        elif entry.api_key_env and config.environ.get(entry.api_key_env, "").strip():
+            lines.append(f"  {entry.name}: {entry.api_key_env} is set")
+        elif not entry.key_required:
+            lines.append(f"  {entry.name}: no key needed, {entry.base_url}")
         else:
-            state = f"{entry.api_key_env} is {'set' if config.environ.get(entry.api_key_env, '').strip() else 'not set'}"
-        lines.append(f"  {entry.name}: {state}")
+            keyless.append(f"  {entry.name}: {entry.api_key_env}")
+    if keyless:
+        lines += ["", "providers whose key is not set", *keyless]
     print("\n".join(lines))
 
 
@@ -217,8 +223,8 @@ def _outcome(row: dict[str, Any]) -> str:
         parts.append("cost unknown" if row["cost_usd"] is None else money(row["cost_usd"]))
     if row.get("maybe_billed"):
         parts.append("may be billed")
-    if row["error"]:
-        parts.append(f"{row['error']}: {tidy(row['message'] or '', limit=200)}")
+    if row["error"] and row["status"] != "aborted":
+        parts.append(f"{row['error']}: {tidy(row['message'] or '', limit=200)}".removesuffix(": "))
     return "".join(f", {part}" for part in parts)
 
 

@@ -5,12 +5,10 @@ A view only draws, and only in the cell's own thread; when to draw is decided by
 
 from __future__ import annotations
 
-import os
 import sys
 import uuid
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmkit.errors import ConfigError
 from llmkit.notebook.footer import as_html, as_text, metadata, status_html
 from llmkit.notebook.formats import bundle, plain
 
@@ -22,9 +20,7 @@ if TYPE_CHECKING:
     from llmkit.notebook.footer import Part
     from llmkit.reply import Reply
 
-__all__ = ["MODES", "View", "display_mode", "view_for"]
-
-MODES = ("live", "final")
+__all__ = ["View", "view_for"]
 
 
 class View(Protocol):
@@ -40,18 +36,6 @@ class View(Protocol):
 
     def done(self, reply: Reply | None, footer: Sequence[Part]) -> None:
         """It has ended; ``reply`` is None where there is no text."""
-
-
-def display_mode(setting: str) -> str:
-    """``live`` or ``final``: from ``%config LLMMagics.display``, else from ``LLMKIT_DISPLAY``.
-
-    Raises:
-        ConfigError: the variable holds something else.
-    """
-    mode = setting or os.environ.get("LLMKIT_DISPLAY") or MODES[0]
-    if mode not in MODES:
-        raise ConfigError(f"LLMKIT_DISPLAY is {' or '.join(MODES)}, not {mode!r:.40}")
-    return mode
 
 
 def view_for(shell: InteractiveShell, mode: str, form: str, *, quiet: bool) -> View:
@@ -175,10 +159,12 @@ class Terminal:
             rest = reply.text[self._printed :] if self._streams else bundle(reply.text, self._form)["text/plain"]
             self._write(plain(rest))
             self._ends_line = rest.endswith("\n") if rest else self._ends_line
-        if not self._ends_line or (reply is not None and reply.text):
-            self._write("" if self._ends_line else "\n")
+        if not self._ends_line:
+            self._write("\n")
         if footer:
             line = plain(as_text(footer))
+            if reply is not None:
+                self._write("\n")
             self._write(f"\x1b[2m{line}\x1b[0m\n" if sys.stdout.isatty() else f"{line}\n")
 
     def _clear_status(self) -> None:

@@ -97,8 +97,8 @@ def _of_reply(reply: Reply, interrupted: bool, timings: bool) -> Iterator[Part]:
     yield from _detours(reply)
     if (ending := _ending(reply, interrupted)) is not None:
         yield ending
-    others = [a for a in reply.attempts if a.maybe_billed and a.status == "failed"]
-    yield from _maybe_billed(others)
+    earlier = reply.attempts if reply.source == "degraded" else reply.attempts[:-1]
+    yield from _maybe_billed([attempt for attempt in earlier if attempt.maybe_billed])
 
 
 def of_attempts(attempts: Sequence[Attempt], elapsed_s: float, *, timings: bool = True) -> list[Part]:
@@ -141,16 +141,22 @@ def _source(reply: Reply) -> Part:
 
 def _detours(reply: Reply) -> Iterator[Part]:
     """Retries, and the links that were left."""
-    endpoints = {(a.provider, a.model) for a in reply.attempts}
-    retries = len(reply.attempts) - len(endpoints)
+    tried = {f"{a.provider}:{a.model}" for a in reply.attempts[:-1]}
+    left = sum(skipped.endpoint in tried for skipped in reply.skipped if _is_error(skipped.reason))
+    retries = len(reply.attempts) - max(1, left + (reply.source != "degraded"))
     if retries > 0:
         statuses = {str(a.http_status or a.error) for a in reply.attempts[:-1] if a.status == "failed"}
         why = f" ({', '.join(sorted(statuses))})" if statuses else ""
-        yield Part(_count(retries, "retry", "retries") + tidy(why, limit=100))
+        yield Part(tidy(_count(retries, "retry", "retries") + why, limit=100))
     for skipped in reply.skipped:
-        reason, colon, _ = skipped.reason.partition(":")
-        if colon and reason.isidentifier():  # an error's name: it was tried, or about to be
-            yield Part(f"fell back from {tidy(skipped.endpoint, limit=100)} ({reason})")
+        if _is_error(skipped.reason):
+            yield Part(f"fell back from {tidy(skipped.endpoint, limit=100)} ({skipped.reason.partition(':')[0]})")
+
+
+def _is_error(reason: str) -> bool:
+    """Whether a link was left for an error, which its reason then begins with the name of."""
+    name, colon, _ = reason.partition(":")
+    return bool(colon) and name.isidentifier()
 
 
 def _ending(reply: Reply, interrupted: bool) -> Part | None:
@@ -179,5 +185,5 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 
 def _seconds(seconds: float) -> str:
     if seconds < 1:
-        return f"{seconds:.2f} s"
+        return f"{seconds * 1000:.0f} ms"
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"

@@ -13,7 +13,7 @@ from traitlets import Bool, Enum, Float, Int, Unicode, Union, validate
 
 from llmkit.errors import ConfigError, LLMKitError
 from llmkit.notebook.arguments import FORMATS, documented, parse
-from llmkit.notebook.session import Session
+from llmkit.notebook.session import MODES, Session, display_mode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,20 +30,28 @@ class LLMMagics(Magics):
 
     shell: Any  # IPython's types differ from version to version, and most are missing
 
-    model = Unicode("", help="Model of cells that name none; empty: as llmkit.toml or the environment say.").tag(config=True)
+    model = Unicode("", help="Model of cells that name none; empty: as llmkit.toml or the environment say.").tag(
+        config=True
+    )
     system = Unicode("", help="System prompt of cells that have none.").tag(config=True)
     temperature = Float(None, allow_none=True, help="0 to 2; None: the provider's own default.").tag(config=True)
     max_tokens = Int(None, allow_none=True, help="Most output tokens of a cell.").tag(config=True)
     max_cost = Union(
-        [Float(), Unicode()], default_value=None, allow_none=True, help="USD that a cell may cost, all attempts together."
+        [Float(), Unicode()],
+        default_value=None,
+        allow_none=True,
+        help="USD that a cell may cost, all attempts together.",
     ).tag(config=True)
     timeout = Union(
-        [Float(), Unicode()], default_value=None, allow_none=True, help="Seconds for a whole call, or 'chat', or 'code'."
+        [Float(), Unicode()],
+        default_value=None,
+        allow_none=True,
+        help="Seconds for a whole call, or 'chat', or 'code'.",
     ).tag(config=True)
     user = Unicode("", help="Whom the cost of cells is booked for.").tag(config=True)
     format = Enum(FORMATS, "markdown", help="How answers are shown.").tag(config=True)
     display = Enum(
-        ("", "live", "final"), "", help="'final' shows an answer once, at its end; empty: as LLMKIT_DISPLAY says, else live."
+        ("", *MODES), "", help="'final' shows an answer once, at its end; empty: as LLMKIT_DISPLAY says, else live."
     ).tag(config=True)
     traceback = Bool(False, help="Show the whole traceback of llmkit's errors.").tag(config=True)
 
@@ -81,8 +89,6 @@ class LLMMagics(Magics):
         self.session.close()
 
     def _greet(self) -> None:
-        from llmkit.notebook.display import display_mode
-
         display_mode(self.display)
         default = f"{self.model} (as %config says)" if self.model else str(self.session.default)
         print(f"llmkit: {'' if default.startswith('the ') else 'model '}{default} · {self.session.caps()}")
@@ -128,7 +134,7 @@ class LLMMagics(Magics):
     def _ask(self, line: str, cell: str, local_ns: Mapping[str, Any]) -> None:
         said = parse(line)
         from llmkit.notebook.asking import Interrupted, ask
-        from llmkit.notebook.display import display_mode, view_for
+        from llmkit.notebook.display import view_for
         from llmkit.options import Options
 
         mode = display_mode(self.display)
@@ -181,7 +187,19 @@ class LLMMagics(Magics):
             handler(kind, error, traceback, tb_offset)
             return
         sys.last_type, sys.last_value, sys.last_traceback = kind, error, traceback  # what %tb and %debug read
-        shell._showtraceback(kind, error, error._render_traceback_())
+        lines = error._render_traceback_()
+        shell._showtraceback(kind, error, lines if self.traceback else _wrapped(lines))
+
+
+def _wrapped(lines: Sequence[str]) -> list[str]:
+    """Broken between words: left to itself, JupyterLab breaks a traceback's lines within them."""
+    from textwrap import wrap
+
+    pieces = (
+        wrap(line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False, drop_whitespace=True)
+        for line in lines
+    )
+    return [piece for broken in pieces for piece in broken or [""]]
 
 
 def _unfold(error: LLMKitError) -> None:

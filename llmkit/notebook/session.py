@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmkit.config import Config
+from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmkit.client import AsyncClient
     from llmkit.config import Default
     from llmkit.portal import Portal
 
-__all__ = ["Session"]
+__all__ = ["MODES", "Session", "display_mode"]
+
+MODES = ("live", "final")
+
+
+def display_mode(setting: str) -> str:
+    """``live`` or ``final``: from ``%config LLMMagics.display``, else from ``LLMKIT_DISPLAY``.
+
+    Raises:
+        ConfigError: the variable holds something else.
+    """
+    mode = setting or os.environ.get("LLMKIT_DISPLAY") or MODES[0]
+    if mode not in MODES:
+        raise ConfigError(f"LLMKIT_DISPLAY is {' or '.join(MODES)}, not {mode!r:.40}")
+    return mode
 
 
 class Session:

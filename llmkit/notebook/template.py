@@ -28,7 +28,27 @@ MAX_CHARACTERS = 4_000_000
 RAW = "--raw sends the cell as it is"
 
 # What one reaches for inside {{ }} and Jinja has not; a variable of the same name wins.
-_BUILTINS = ["abs", "bool", "dict", "enumerate", "float", "int", "len", "list", "max", "min", "range", "repr", "round", "set", "sorted", "str", "sum", "tuple", "zip"]
+_BUILTINS = [
+    "abs",
+    "bool",
+    "dict",
+    "enumerate",
+    "float",
+    "int",
+    "len",
+    "list",
+    "max",
+    "min",
+    "range",
+    "repr",
+    "round",
+    "set",
+    "sorted",
+    "str",
+    "sum",
+    "tuple",
+    "zip",
+]
 
 
 def render(text: str, *namespaces: Mapping[str, Any]) -> str:
