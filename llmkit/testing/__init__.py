@@ -8,5 +8,8 @@
 from __future__ import annotations
 
 from llmkit.testing.clock import FakeClock
+from llmkit.testing.exchange import Received
+from llmkit.testing.faults import Fault
+from llmkit.testing.simulator import Simulator
 
-__all__ = ["FakeClock"]
+__all__ = ["FakeClock", "Fault", "Received", "Simulator"]

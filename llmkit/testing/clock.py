@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import heapq
 import itertools
 import math
@@ -48,7 +49,7 @@ class _Timer:
             return
         try:
             callback()
-        except Exception as error:  # as asyncio does: a bad callback does not stop the clock
+        except Exception as error:  # noqa: BLE001 - as asyncio does: a bad callback does not stop the clock
             self.loop.call_exception_handler({"message": "a timer of FakeClock failed", "exception": error})
 
 
@@ -76,9 +77,9 @@ class FakeClock:
         self._auto = auto
         self._timers: list[tuple[float, int, _Timer]] = []
         self._order = itertools.count()
-        self._sleeping = 0
-        self._driver: asyncio.AbstractEventLoop | None = None
-        self._lock = threading.RLock()
+        self._sleepers: dict[asyncio.AbstractEventLoop, int] = {}
+        self._drivers: set[asyncio.AbstractEventLoop] = set()
+        self._lock = threading.Lock()
 
     def now(self) -> float:
         """Seconds that passed on this clock."""
@@ -95,7 +96,7 @@ class FakeClock:
     @property
     def sleeping(self) -> int:
         """How many tasks sleep now."""
-        return self._sleeping
+        return sum(self._sleepers.values())
 
     async def sleep(self, seconds: float) -> None:
         """Wait that long on this clock: no time at all, unless ``auto`` is off."""
@@ -103,30 +104,32 @@ class FakeClock:
         if seconds <= 0:
             await asyncio.sleep(0)
             return
-        woken = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+        timer = self._add(seconds, functools.partial(_wake, woken))
         with self._lock:
-            timer = self._add(seconds, lambda: woken.done() or woken.set_result(None))
-            self._sleeping += 1
-            self._drive()
+            self._sleepers[loop] = self._sleepers.get(loop, 0) + 1
+        self._drive()
         try:
             await woken
         finally:
             timer.cancel()
             with self._lock:
-                self._sleeping -= 1
+                self._sleepers[loop] -= 1
+                if not self._sleepers[loop]:
+                    del self._sleepers[loop]
 
     def call_later(self, seconds: float, callback: Callable[[], object]) -> _Timer:
         """Call ``callback`` on the running loop when that much has passed on this clock."""
         timer = self._add(max(seconds, 0.0), callback)
-        if self._sleeping:
-            self._drive()
+        self._drive()
         return timer
 
     async def advance(self, seconds: float) -> None:
         """Let that much time pass: everything due until then happens, in order, and its tasks run."""
         target = self._now + seconds
         await self.settle()
-        while (timer := self._pop(target)) is not None:
+        while (timer := self._due(target)) is not None:
             timer.fire()
             await self.settle()
         self._now = max(self._now, target)
@@ -142,40 +145,48 @@ class FakeClock:
             heapq.heappush(self._timers, (timer.when, next(self._order), timer))
         return timer
 
-    def _pop(self, until: float = math.inf) -> _Timer | None:
-        """Take the earliest live timer off the heap and set the time to its moment."""
+    def _due(self, until: float) -> _Timer | None:
         with self._lock:
-            while self._timers:
-                when, _, timer = self._timers[0]
-                dead = timer.callback is None or timer.loop.is_closed()
-                if not dead and (when > until or math.isinf(when)):
-                    return None
-                heapq.heappop(self._timers)
-                if not dead:
-                    self._now = max(self._now, when)
-                    return timer
+            return self._pop(until)
+
+    def _pop(self, until: float = math.inf) -> _Timer | None:
+        """Take the earliest live timer off the heap and set the time to its moment. The lock is held."""
+        while self._timers:
+            when, _, timer = self._timers[0]
+            dead = timer.callback is None or timer.loop.is_closed()
+            if not dead and (when > until or math.isinf(when)):
+                return None
+            heapq.heappop(self._timers)
+            if not dead:
+                self._now = max(self._now, when)
+                return timer
         return None
 
     def _drive(self) -> None:
-        """See to it that one event loop moves the time, for as long as anything sleeps."""
-        if not self._auto:
+        """See to it that every event loop on which something sleeps moves the time."""
+        if not self._auto or not self._sleepers:
             return
         with self._lock:
-            if self._driver is not None and self._driver.is_running():
-                return
-            self._driver = asyncio.get_running_loop()
-        self._driver.call_soon(self._turn, ROUNDS)
+            self._drivers = {loop for loop in self._drivers if not loop.is_closed()}
+            idle = [loop for loop in self._sleepers if loop not in self._drivers and not loop.is_closed()]
+            self._drivers.update(idle)
+        for loop in idle:
+            loop.call_soon_threadsafe(self._turn, loop, ROUNDS)
 
     # Plain callbacks, not a task: tests count the tasks that are left over.
-    def _turn(self, rounds: int) -> None:
-        loop = asyncio.get_running_loop()
+    def _turn(self, loop: asyncio.AbstractEventLoop, rounds: int) -> None:
         if rounds:
-            loop.call_soon(self._turn, rounds - 1)
+            loop.call_soon(self._turn, loop, rounds - 1)
             return
         with self._lock:
-            timer = self._pop() if self._sleeping else None
+            timer = self._pop() if loop in self._sleepers else None
             if timer is None:
-                self._driver = None
+                self._drivers.discard(loop)
                 return
         timer.fire()
-        loop.call_soon(self._turn, ROUNDS)
+        loop.call_soon(self._turn, loop, ROUNDS)
+
+
+def _wake(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)
