@@ -16,8 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 HELLO = [{"role": "user", "content": "Say hello in three words."}]
-LONG = [{"role": "user", "content": "the cat sat on the mat " * 300}]
-LONGER_IN_TOKENS = [{"role": "user", "content": "xyz " * 300}]  # one engine counts characters first
+LONG = [{"role": "user", "content": "the cat sat on the mat " * 2500}]
+LONGER_IN_TOKENS = [{"role": "user", "content": "xyz " * 1500}]  # one engine counts characters first
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 CHAT, MESSAGES = "/chat/completions", "/messages"
 USAGE = {"stream_options": {"include_usage": True}}

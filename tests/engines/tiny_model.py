@@ -39,7 +39,7 @@ TEXT = (
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a tiny random chat model.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--window", type=int, default=512, help="context window in tokens")
+    parser.add_argument("--window", type=int, default=4096, help="context window in tokens")
     options = parser.parse_args()
     tokenizer = trained_tokenizer(options.window)
     random_model(tokenizer, options.window).save_pretrained(options.folder)

@@ -164,10 +164,10 @@ def test_an_error_is_told_by_its_name(engine, case, size) -> None:
 
 OVERFLOWS = {
     # It counts characters before it counts tokens; then it only says that there are "at least" too many.
-    ("vllm", "overflow"): (None, 512),
-    ("vllm", "overflow_tokens"): (513, 512),
-    ("vllm", "overflow_max_tokens"): (None, 512),
-    ("vllm", "messages_overflow"): (None, 512),
+    ("vllm", "overflow"): (None, 4096),
+    ("vllm", "overflow_tokens"): (4097, 4096),
+    ("vllm", "overflow_max_tokens"): (None, 4096),
+    ("vllm", "messages_overflow"): (None, 4096),
     ("litellm", "narrow_complete"): (None, None),
 }
 
