@@ -1,7 +1,5 @@
 """``%llm``: one line for everything beside asking."""
 
-# ruff: noqa: T201 - commands print
-
 from __future__ import annotations
 
 import difflib

@@ -1,7 +1,5 @@
 """The magics: a cell line is parsed, its prompt rendered, the call made and shown, the reply bound."""
 
-# ruff: noqa: T201 - loading says in one line what will be used
-
 from __future__ import annotations
 
 import atexit

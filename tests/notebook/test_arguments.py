@@ -1,0 +1,103 @@
+"""The cell line: what it may hold, and the one error for what it may not."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmkit.errors import ConfigError
+from llmkit.notebook import arguments
+from llmkit.notebook.arguments import parse
+
+
+def test_a_line_may_be_empty() -> None:
+    line = parse("")
+    assert (line.names, line.options, line.format) == ((), {}, None)
+    assert line.stream
+    assert not line.quiet
+    assert not line.raw
+
+
+def test_every_option_is_read() -> None:
+    line = parse(
+        "answer << -m gpt-5-mini,local -s 'You are {terse}; cost $9.' -o other -t 0.5 --max-tokens 10 --max-cost 0.01 "
+        r"--seed 7 --stop '\n' --stop END --user ana --tag app=docs --tag k=a=b --timeout 20 --format json "
+        "--quiet --no-stream --raw"
+    )
+    assert line.names == ("answer", "other")
+    assert line.options == {
+        "model": "gpt-5-mini,local",
+        "system": "You are {terse}; cost $9.",
+        "temperature": 0.5,
+        "max_tokens": 10,
+        "max_cost": "0.01",
+        "seed": 7,
+        "stop": ["\n", "END"],
+        "user": "ana",
+        "tags": {"app": "docs", "k": "a=b"},
+        "timeout": 20.0,
+    }
+    assert (line.format, line.quiet, line.stream, line.raw) == ("json", True, False, True)
+
+
+@pytest.mark.parametrize(
+    "line, names",
+    [
+        ("a << -t 0", ("a",)),
+        ("a<<-t 0", ("a",)),
+        ("  a <<", ("a",)),
+        ("-o a", ("a",)),
+        ("a << -o a", ("a",)),
+        ("-s 'x << y'", ()),
+        ('-s "x<<y"', ()),
+    ],
+)
+def test_names_of_variables(line, names) -> None:
+    assert parse(line).names == names
+
+
+def test_a_preset_is_handed_on_as_it_is() -> None:
+    assert parse("--timeout chat").options == {"timeout": "chat"}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--max-token 3", "no option --max-token; did you mean --max-tokens?"),
+        ("--max-token=3", "did you mean --max-tokens?"),
+        ("-model x", "no option -model; did you mean --model?"),
+        ("--zzzzzzzz", "no option --zzzzzzzz$"),
+        ("--chat a", "--chat is not in this version yet"),
+        ("--plan", "--plan is not in this version yet"),
+        ("--repeat 3 --nonsense", "--repeat is not in this version yet"),
+        ("--max 3", "no option --max"),
+        ("-t hot", "-t is a number, not 'hot'"),
+        ("--max-tokens 3.5", "--max-tokens is a whole number, not '3.5'"),
+        ("--seed x", "--seed is a whole number"),
+        ("--tag app", "--tag is KEY=VALUE, not 'app'"),
+        ("--format xml", "--format: invalid choice: 'xml'"),
+        ("-m", "-m/--model: expected one argument"),
+        ("-s 'x", "no closing quotation"),
+        ("1a << -t 0", "'1a' cannot be the name of a variable"),
+        ("class <<", "'class' cannot be the name"),
+        ("-o a.b", "'a.b' cannot be the name"),
+        ("<< -t 0", "<< needs the name of a variable"),
+        ("models", "'models' is no option"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_error(line, message) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse(line)
+    assert caught.value.next_step
+
+
+def test_the_help_shows_every_option_with_an_example() -> None:
+    @arguments.documented
+    def function() -> None:
+        pass
+
+    for action in arguments._PARSER._actions:
+        names = [name for name in action.option_strings if name in function.__doc__]
+        assert names == action.option_strings
+        assert any(f"{name} " in action.help or action.help.endswith(name) for name in names), action.help
+    assert "%%llm answer << -m gpt-5-mini" in function.__doc__
+    assert "{{ df.head() }}" in function.__doc__
