@@ -438,7 +438,7 @@ def _attempt_ended(request_id: str, attempt: Attempt, cost: Cost | None) -> Atte
         attempt.http_status,
         attempt.provider_request_id,
         attempt.finish_reason,
-        attempt.maybe_billed,
+        int(attempt.maybe_billed),
         attempt.error,
         attempt.message[:MESSAGE_LENGTH] if attempt.message else None,
         request_id,
@@ -446,7 +446,7 @@ def _attempt_ended(request_id: str, attempt: Attempt, cost: Cost | None) -> Atte
     )
 
 
-def _tokens(usage: Usage | None) -> tuple[int | None, int | None, int | None, int | None, int | None, bool | None]:
+def _tokens(usage: Usage | None) -> tuple[int | None, int | None, int | None, int | None, int | None, int | None]:
     """In the order of the columns, from ``input_tokens`` to ``estimated``."""
     if usage is None:
         return (None, None, None, None, None, None)
@@ -456,7 +456,7 @@ def _tokens(usage: Usage | None) -> tuple[int | None, int | None, int | None, in
         usage.cache_write_tokens,
         usage.output_tokens,
         usage.reasoning_tokens,
-        usage.estimated,
+        int(usage.estimated),
     )
 
 

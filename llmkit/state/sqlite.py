@@ -3,7 +3,8 @@
 A commit happens on the caller's own thread, which takes a few tens of microseconds and never waits for a lock. Only
 when another process holds the lock does the commit move to the store's worker thread; there it is tried again after
 short random pauses, which is fair where SQLite's own busy handler lets one process starve. What comes in meanwhile
-queues behind it, so changes are applied in the order in which they were made.
+queues behind it, so changes are applied in the order in which they were made. Checkpoints, which wait for the disk
+(0.5 s was seen), are made on a worker thread, too.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ Row = dict[str, Any]
 PATIENCE_S = 10.0
 LOOK_AGAIN_S = 1.0  # how often a commit checks that the file is still the one at its path
 GROUP = 64  # most waiting commits that share one transaction
-PAGES_BEFORE_CHECKPOINT = 2000
+COMMITS_A_CHECKPOINT = 200  # about a thousand pages
+PAGES_OF_LOG = 4000  # beyond them the log is begun anew; 16 MB
+PAGES_OF_LOG_AT_MOST = 20_000  # beyond them a commit does it by itself, on whatever thread it is
 
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 _NEXT_STEP = {
@@ -123,6 +126,9 @@ class SQLiteStore:
         """With nothing open and nothing waiting: at first, and in a forked child."""
         self._lock = threading.Lock()  # held for each transaction on the one connection
         self._reading = threading.Lock()  # held while a reader's connection is open
+        self._checkpointing = threading.Lock()  # held while a checkpoint's connection is open
+        self._held: list[threading.Lock] = []
+        self._since_checkpoint = 0
         self._connection: sqlite3.Connection | None = None
         self._identity = (0, 0)
         self._looked = 0.0
@@ -162,11 +168,16 @@ class SQLiteStore:
         execute("BEGIN IMMEDIATE")
         try:
             for change in changes:
-                execute(_SQL[type(change)], change)
+                execute(_SQL[type(change)], tuple(change))  # a plain tuple is bound without a call for each value
             execute("COMMIT")
         except BaseException:
             _roll_back(connection)
             raise
+        self._since_checkpoint += 1
+        if self._since_checkpoint >= COMMITS_A_CHECKPOINT:
+            self._since_checkpoint = 0
+            with contextlib.suppress(RuntimeError):  # the interpreter is going down; closing makes the last checkpoint
+                self._threads().submit(self._checkpoint)
 
     def _patiently(self, work: Callable[[], T]) -> T:
         """Do ``work`` with the lock held; while another process holds the file's lock, try again after short pauses."""
@@ -178,7 +189,7 @@ class SQLiteStore:
             except sqlite3.Error as error:
                 if not _is_busy(error) or time.monotonic() > deadline:
                     raise self._failure(error) from error
-            time.sleep(random.uniform(50e-6, 300e-6))  # noqa: S311 - not a secret, only unlike the others' pauses
+            _pause()
 
     def _enqueue(self, changes: Sequence[Change]) -> Future[None]:
         future: Future[None] = Future()
@@ -187,9 +198,8 @@ class SQLiteStore:
             self._queue.append((changes, future))
             if len(self._queue) > 1:  # a commit stays in the queue until it is done, so the worker is at work
                 return future
-            worker = self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="llmkit-ledger")
         try:
-            worker.submit(self._drain)
+            self._threads().submit(self._drain)
         except RuntimeError:  # the interpreter is going down and starts no more work: wait here
             self._drain()
         return future
@@ -221,6 +231,22 @@ class SQLiteStore:
             return [error] * len(commits)
         return [None] * len(commits)
 
+    def _threads(self) -> ThreadPoolExecutor:
+        with self._queueing:
+            if self._worker is None:  # one thread for what waits, one for checkpoints
+                self._worker = ThreadPoolExecutor(2, thread_name_prefix="llmkit-ledger")
+            return self._worker
+
+    def _checkpoint(self) -> None:
+        """Move what is in the log into the database."""
+        try:
+            with self._checkpointing, contextlib.closing(self._connect()) as connection:
+                _, pages, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                if pages > PAGES_OF_LOG:
+                    _begin_new_log(connection)
+        except sqlite3.Error as error:
+            log.debug("a checkpoint of %s failed: %s", self.path, error)
+
     # -- the file ----------------------------------------------------------------------------------------------------
 
     def _open(self) -> sqlite3.Connection:
@@ -238,7 +264,7 @@ class SQLiteStore:
             _check(connection, self.path)
             _share(connection, self.path)
             connection.execute("PRAGMA synchronous = NORMAL")
-            connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_BEFORE_CHECKPOINT}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_OF_LOG_AT_MOST}")
             _migrate(connection, self.path)
         except BaseException:
             connection.close()
@@ -335,8 +361,8 @@ class SQLiteStore:
     # SQLite forbids to carry an open database across a fork, even to close it there. So nothing is open meanwhile.
 
     def _before_fork(self) -> None:
-        self._forking = (self._lock.acquire(timeout=1), self._reading.acquire(timeout=1))
-        if self._forking[0]:
+        self._held = [lock for lock in (self._lock, self._reading, self._checkpointing) if lock.acquire(timeout=1)]
+        if self._lock in self._held:
             self._let_go()
 
     def _after_fork(self, *, child: bool) -> None:
@@ -345,9 +371,8 @@ class SQLiteStore:
                 _CARRIED_OVER.append(self._connection)
             self._start_afresh()
             return
-        for lock, held in zip((self._lock, self._reading), self._forking, strict=True):
-            if held:
-                lock.release()
+        for lock in self._held:
+            lock.release()
 
 
 _STORES: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
@@ -441,6 +466,23 @@ def _share(connection: sqlite3.Connection, path: Path) -> None:
     """Let readers and a writer work at once, in any number of processes."""
     if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
         raise StoreError(f"the ledger {path} is on a drive without shared locks", next_step=_ELSEWHERE)
+
+
+def _begin_new_log(connection: sqlite3.Connection) -> None:
+    """Under load a checkpoint never catches up with the writers, so they have to stand back a moment.
+
+    Without a busy timeout: a checkpoint that waits for readers keeps the writers out all the while.
+    """
+    for _ in range(20):
+        busy, _, _ = connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+        if not busy:  # the first write to a new log waits for the disk, so it is made here
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            return
+        _pause()
+
+
+def _pause() -> None:
+    time.sleep(random.uniform(50e-6, 300e-6))  # noqa: S311 - not a secret, only unlike the others' pauses
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:

@@ -295,6 +295,53 @@ def test_closing_finishes_what_waits(store, path):
     holder.close()
 
 
+# -- how it stays small ----------------------------------------------------------------------------------------------
+
+
+def test_the_log_is_moved_into_the_database_off_the_writers_thread(path, monkeypatch):
+    monkeypatch.setattr("llmkit.state.sqlite.COMMITS_A_CHECKPOINT", 5)
+    monkeypatch.setattr("llmkit.state.sqlite.PAGES_OF_LOG", 20)
+    threads = set()
+
+    class Watched(SQLiteStore):
+        def _checkpoint(self):
+            threads.add(threading.current_thread())
+            super()._checkpoint()
+
+    store = Watched(path)
+    log = path.with_name(path.name + "-wal")
+    sizes = []
+    for number in range(200):
+        waiting = store.commit(begun(f"{number:05}"))
+        if waiting is not None:
+            waiting.result(10)
+        if number % 5 == 4:
+            store._threads().submit(int).result(10)  # both threads have come by
+            store._threads().submit(int).result(10)
+        sizes.append(log.stat().st_size)
+    assert len(store.calls()) == 200
+    store.close()
+    assert threads
+    assert threading.current_thread() not in threads
+    assert max(sizes) < 100 * 4096  # 200 commits write about a thousand pages
+
+
+def test_a_checkpoint_that_fails_stops_nobody(store, path, monkeypatch):
+    monkeypatch.setattr("llmkit.state.sqlite.COMMITS_A_CHECKPOINT", 1)
+
+    def fail(self):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(SQLiteStore, "_connect", fail)
+    store.commit(begun("a"))
+    store._threads().shutdown()
+    store._worker = None
+    assert store.commit(begun("b")) is None
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
 WRITER = """
     import sys
     from pathlib import Path

@@ -39,13 +39,49 @@ def attempt_begun(request_id, number=1, started=1000.5):
 
 def attempt_ended(request_id, number=1, status="complete", nanos=1_000, tokens=12):
     return AttemptEnded(
-        status, tokens, 2, 0, 30, 5, False, nanos, "table", 0.5, 0.1, 200, "req_1", "stop", False, None, None, request_id, number
+        status,
+        tokens,
+        2,
+        0,
+        30,
+        5,
+        False,
+        nanos,
+        "table",
+        0.5,
+        0.1,
+        200,
+        "req_1",
+        "stop",
+        False,
+        None,
+        None,
+        request_id,
+        number,
     )
 
 
 def call_ended(request_id, status="complete", nanos=1_000, tokens=12):
     return CallEnded(
-        status, "gpt-5-mini-1", "openai", "provider", tokens, 2, 0, 30, 5, False, nanos, 0.5, 0.1, 1, 0, "stop", None, None, request_id
+        status,
+        "gpt-5-mini-1",
+        "openai",
+        "provider",
+        tokens,
+        2,
+        0,
+        30,
+        5,
+        False,
+        nanos,
+        0.5,
+        0.1,
+        1,
+        0,
+        "stop",
+        None,
+        None,
+        request_id,
     )
 
 
@@ -134,7 +170,13 @@ def test_text_is_data(store):
 
 
 def test_owners_are_those_with_calls_in_flight(store):
-    commit(store, call_begun("a", 1.0, "x"), call_begun("b", 5.0, "x"), call_begun("c", 3.0, "y"), call_begun("d", 9.0, "z"))
+    commit(
+        store,
+        call_begun("a", 1.0, "x"),
+        call_begun("b", 5.0, "x"),
+        call_begun("c", 3.0, "y"),
+        call_begun("d", 9.0, "z"),
+    )
     commit(store, call_ended("d"))
     assert store.owners() == {"x": 5.0, "y": 3.0}
 
@@ -155,7 +197,10 @@ def test_calls_of_a_dead_owner_are_lost_and_maybe_billed(store):
         "done": "complete",
         "other": "in_flight",
     }
-    assert [(row["status"], row["maybe_billed"]) for row in store.attempts("open")] == [("failed", False), ("lost", True)]
+    assert [(row["status"], row["maybe_billed"]) for row in store.attempts("open")] == [
+        ("failed", False),
+        ("lost", True),
+    ]
     assert [row["status"] for row in store.attempts("other")] == ["in_flight"]
     # The cost of an attempt whose end nobody saw is unknown, and so is that of its call.
     assert (calls["open"]["cost_nanos"], calls["between"]["cost_nanos"], calls["waiting"]["cost_nanos"]) == (None, 7, 0)
@@ -222,7 +267,9 @@ def test_urls(tmp_path, monkeypatch):
     home.close()
 
 
-@pytest.mark.parametrize("url", ["", "sqlit", "sqlite://", "sqlite:///", "sqlite:///a\0b", "postgres://u:secret@h/x", "file.db"])
+@pytest.mark.parametrize(
+    "url", ["", "sqlit", "sqlite://", "sqlite:///", "sqlite:///a\0b", "postgres://u:secret@h/x", "file.db"]
+)
 def test_a_url_that_names_no_store_is_one_clear_error(url):
     with pytest.raises(ConfigError, match=r"\[state\] url") as caught:
         open_store(url)

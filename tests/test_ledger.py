@@ -1,0 +1,632 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import pandas as pd
+import pytest
+
+from llmkit.call import Attempt, Call
+from llmkit.endpoint import Endpoint
+from llmkit.errors import AllModelsFailed, BudgetExceeded, CircuitOpen, ConfigError, ProviderOverloaded, StoreError
+from llmkit.ledger import COLUMNS, Ledger
+from llmkit.models.prices import Cost
+from llmkit.reply import Outcome, Usage
+from llmkit.state.memory import MemoryStore
+from llmkit.state.sqlite import SQLiteStore
+
+ENDPOINT = Endpoint(provider="openai", model="gpt-5-mini", base_url="https://api.openai.com/v1")
+OTHER = Endpoint(provider="anthropic", model="claude-haiku-4-5", base_url="https://api.anthropic.com/v1")
+
+
+class Answer:
+    """What the ledger asks of a reply."""
+
+    model = "gpt-5-mini-2026-08-07"
+    provider = "openai"
+    source = "provider"
+    finish_reason = "stop"
+    latency_s = 0.5
+    time_to_first_token_s = 0.1
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "llmkit-data" / "ledger.sqlite3"
+
+
+@pytest.fixture(params=["sqlite", "memory"])
+def ledger(request):
+    opened = Ledger.open(request.param)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def on_disk():
+    opened = Ledger.open("sqlite")
+    yield opened
+    opened.close()
+
+
+def new_call(request_id="a", started_at=1000.0, **fields):
+    return Call(
+        request_id=request_id,
+        messages=(),
+        model="smart",
+        route=(),
+        started=time.monotonic(),
+        started_at=started_at,
+        **fields,
+    )
+
+
+def new_attempt(number=1, *, cost_usd=Decimal("0.00123"), usage=Usage(12, 30, cached_input_tokens=2), **fields):  # noqa: B008 - frozen
+    known = {"provider": "openai", "model": "gpt-5-mini", "status": "complete", "started": 1000.5, "latency_s": 0.5}
+    return Attempt(number=number, usage=usage, cost_usd=cost_usd, **{**known, **fields})
+
+
+async def attempted(ledger, call, attempt=None, endpoint=ENDPOINT):
+    """One attempt from its beginning to its end."""
+    attempt = attempt or new_attempt()
+    await ledger.attempt_began(call, attempt.number, endpoint, attempt.started)
+    call.trail.attempts.append(attempt)
+    ledger.attempt_ended(call, attempt, Cost(attempt.cost_usd, "config") if attempt.cost_usd is not None else None)
+
+
+async def completed(ledger, call):
+    ledger.call_began(call)
+    await attempted(ledger, call)
+    await ledger.call_ended(call, Outcome("complete", None, Answer()))
+
+
+# -- what is in it ---------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_went_well(ledger):
+    asyncio.run(completed(ledger, new_call(user="ana", tags={"app": "docs"})))
+    (row,) = ledger.calls()
+    assert row.pop("owner")
+    assert row == {
+        "request_id": "a",
+        "started": 1000.0,
+        "user": "ana",
+        "tags": {"app": "docs"},
+        "model": "smart",
+        "status": "complete",
+        "response_model": "gpt-5-mini-2026-08-07",
+        "provider": "openai",
+        "source": "provider",
+        "input_tokens": 12,
+        "cached_input_tokens": 2,
+        "cache_write_tokens": 0,
+        "output_tokens": 30,
+        "reasoning_tokens": 0,
+        "estimated": False,
+        "cost_usd": Decimal("0.00123"),
+        "latency_s": 0.5,
+        "time_to_first_token_s": 0.1,
+        "attempts": 1,
+        "retries": 0,
+        "finish_reason": "stop",
+        "error": None,
+        "message": None,
+    }
+    (attempt,) = ledger.attempts("a")
+    assert (attempt["status"], attempt["provider"], attempt["model"]) == ("complete", "openai", "gpt-5-mini")
+    assert (attempt["cost_usd"], attempt["price_source"]) == (Decimal("0.00123"), "config")
+    assert (attempt["maybe_billed"], attempt["started"], attempt["base_url"]) == (False, 1000.5, ENDPOINT.base_url)
+
+
+def test_the_cost_of_a_call_is_that_of_its_attempts(ledger):
+    async def scenario():
+        call = new_call()
+        ledger.call_began(call)
+        error = {"status": "failed", "error": "ProviderOverloaded", "message": "x" * 1000, "http_status": 503}
+        await attempted(ledger, call, new_attempt(1, cost_usd=Decimal(0), usage=None, **error))
+        await attempted(
+            ledger, call, new_attempt(2, cost_usd=Decimal("0.0000000001"), usage=Usage(5, 1, estimated=True), **error)
+        )
+        await attempted(ledger, call, new_attempt(3), OTHER)
+        await ledger.call_ended(call, Outcome("complete", None, Answer()))
+
+    asyncio.run(scenario())
+    (row,) = ledger.calls()
+    assert (row["attempts"], row["retries"]) == (3, 1)
+    assert (row["input_tokens"], row["output_tokens"], row["estimated"]) == (17, 31, True)
+    attempts = ledger.attempts("a")
+    assert row["cost_usd"] == sum(attempt["cost_usd"] for attempt in attempts) == Decimal("0.001230001")
+    assert [attempt["provider"] for attempt in attempts] == ["openai", "openai", "anthropic"]
+    assert [attempt["http_status"] for attempt in attempts] == [503, 503, None]
+    assert attempts[0]["message"] == "x" * 500
+    assert attempts[0]["input_tokens"] is None
+
+
+def test_an_unknown_price_makes_the_cost_unknown_and_not_less(ledger):
+    async def scenario():
+        call = new_call()
+        ledger.call_began(call)
+        await attempted(ledger, call, new_attempt(1))
+        await attempted(ledger, call, new_attempt(2, cost_usd=None))
+        await ledger.call_ended(call, Outcome("complete", None, Answer()))
+
+    asyncio.run(scenario())
+    assert ledger.calls()[0]["cost_usd"] is None
+    assert [attempt["cost_usd"] for attempt in ledger.attempts("a")] == [Decimal("0.00123"), None]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "error"),
+    [
+        (Outcome("failed", BudgetExceeded("no", scope="request", limit=1, needed=2)), "rejected", "BudgetExceeded"),
+        (Outcome("failed", ProviderOverloaded("busy " * 200)), "failed", "ProviderOverloaded"),
+        (Outcome("aborted", asyncio.CancelledError()), "aborted", "CancelledError"),
+        (Outcome("failed", KeyError("sk-secret")), "failed", "KeyError"),
+        (
+            Outcome("failed", AllModelsFailed("all", [CircuitOpen("x", endpoint="e", state="open", retry_after=1.0)])),
+            "rejected",
+            "AllModelsFailed",
+        ),
+        (Outcome("failed", AllModelsFailed("all", [ProviderOverloaded("x")])), "failed", "AllModelsFailed"),
+    ],
+)
+def test_a_call_that_was_never_sent_is_there_too(ledger, outcome, status, error):
+    async def scenario():
+        call = new_call()
+        ledger.call_began(call)
+        await ledger.call_ended(call, outcome)
+
+    asyncio.run(scenario())
+    (row,) = ledger.calls()
+    assert (row["status"], row["error"], row["attempts"], row["source"]) == (status, error, 0, None)
+    assert row["cost_usd"] == 0
+    assert row["input_tokens"] is None
+    assert row["latency_s"] >= 0
+    assert len(row["message"] or "") <= 500
+    assert "secret" not in repr(row)
+    assert ledger.attempts("a") == []
+
+
+def test_an_attempt_that_ended_before_it_could_begin_is_there(ledger):
+    async def scenario():
+        call = new_call()
+        ledger.call_began(call)
+        ledger.attempt_ended(call, new_attempt(status="failed", error="AuthenticationError"))
+        await ledger.call_ended(call, Outcome("failed", ProviderOverloaded("x")))
+
+    asyncio.run(scenario())
+    assert [attempt["error"] for attempt in ledger.attempts("a")] == ["AuthenticationError"]
+
+
+def test_no_key_in_a_url_is_kept(ledger):
+    endpoint = Endpoint(provider="mine", model="m", base_url="https://ana:hunter2@example.com:8443/v1?key=sk-secret#x")
+
+    async def scenario():
+        call = new_call()
+        ledger.call_began(call)
+        await ledger.attempt_began(call, 1, endpoint, 1.0)
+
+    asyncio.run(scenario())
+    assert ledger.attempts("a")[0]["base_url"] == "https://example.com:8443/v1"
+
+
+# -- how it is written -----------------------------------------------------------------------------------------------
+
+
+def test_a_good_call_costs_two_transactions_and_never_suspends(on_disk, path):
+    on_disk.calls()  # opens it
+    seen = []
+    on_disk._store._connection.set_trace_callback(seen.append)
+    call = new_call()
+    on_disk.call_began(call)
+    assert seen == []
+
+    async def scenario():
+        driven(on_disk.attempt_began(call, 1, ENDPOINT, 1000.5))
+        assert [sql.split()[0] for sql in seen] == ["BEGIN", "INSERT", "INSERT", "COMMIT"]
+        assert stored_status(path) == ("in_flight", "in_flight")
+        seen.clear()
+        on_disk.attempt_ended(call, new_attempt())
+        assert seen == []
+        driven(on_disk.call_ended(call, Outcome("complete", None, Answer())))
+        assert [sql.split()[0] for sql in seen] == ["BEGIN", "UPDATE", "UPDATE", "COMMIT"]
+        await asyncio.sleep(0)
+        assert len(seen) == 4  # the turn of the loop in which nothing was left to write
+
+    asyncio.run(scenario())
+    assert stored_status(path) == ("complete", "complete")
+    assert not on_disk._open_calls
+
+
+def driven(coroutine):
+    """Run a coroutine that must not wait for anything."""
+    with pytest.raises(StopIteration):
+        coroutine.send(None)
+
+
+def stored_status(path):
+    """What another process would see: the status of the one call and of its last attempt."""
+    raw = sqlite3.connect(path)
+    call = raw.execute("SELECT status FROM calls").fetchone()
+    attempt = raw.execute("SELECT status FROM attempts ORDER BY number DESC").fetchone()
+    raw.close()
+    return call and call[0], attempt and attempt[0]
+
+
+def test_an_attempt_is_written_when_nothing_follows_it(on_disk, path):
+    async def scenario():
+        call = new_call()
+        on_disk.call_began(call)
+        await attempted(on_disk, call, new_attempt(status="failed"))
+        assert stored_status(path) == ("in_flight", "in_flight")
+        await asyncio.sleep(0)
+        assert stored_status(path) == ("in_flight", "failed")  # as during the minute before a retry
+        await attempted(on_disk, call, new_attempt(2))
+        await on_disk.call_ended(call, Outcome("complete", None, Answer()))
+
+    asyncio.run(scenario())
+    assert [row["status"] for row in on_disk.attempts("a")] == ["failed", "complete"]
+
+
+def test_what_is_not_written_yet_is_read(ledger):
+    async def scenario():
+        call = new_call()
+        ledger.call_began(call)
+        assert [row["status"] for row in ledger.calls()] == ["in_flight"]
+        await attempted(ledger, call)
+        assert [row["status"] for row in ledger.attempts("a")] == ["complete"]
+        assert [row["status"] for row in ledger.calls()] == ["in_flight"]
+        await ledger.call_ended(call, Outcome("complete", None, Answer()))
+        assert [row["status"] for row in ledger.calls()] == ["complete"]
+
+    asyncio.run(scenario())
+
+
+def test_a_request_id_is_used_once(ledger):
+    asyncio.run(completed(ledger, new_call()))
+
+    async def again():
+        call = new_call()
+        ledger.call_began(call)
+        try:
+            with pytest.raises(StoreError, match="request_id"):
+                await ledger.attempt_began(call, 1, ENDPOINT, 2.0)
+        finally:
+            await ledger.call_ended(call, Outcome("failed", StoreError("x")))
+
+    asyncio.run(again())
+    assert [row["status"] for row in ledger.calls()] == ["complete"]
+    assert len(ledger.attempts("a")) == 1
+    assert ledger.notice is None
+    assert not ledger._open_calls
+
+
+def test_a_busy_file_does_not_stop_the_event_loop(on_disk, path):
+    on_disk.calls()
+    holder = sqlite3.connect(path, isolation_level=None)
+    longest = 0.0
+
+    async def watch():
+        nonlocal longest
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - before)
+
+    async def scenario():
+        watcher = asyncio.create_task(watch())
+        await asyncio.sleep(0.01)
+        holder.execute("BEGIN IMMEDIATE")
+        calling = asyncio.create_task(completed(on_disk, new_call()))
+        done, _ = await asyncio.wait([calling], timeout=0.3)
+        assert not done
+        assert stored_status(path) == (None, None)
+        holder.execute("ROLLBACK")
+        await asyncio.wait_for(calling, 10)
+        watcher.cancel()
+
+    asyncio.run(scenario())
+    holder.close()
+    assert longest < 0.2
+    assert stored_status(path) == ("complete", "complete")
+    assert on_disk.notice is None
+
+
+def test_a_call_cancelled_while_the_file_is_busy_is_written_in_order(on_disk, path):
+    on_disk.calls()
+    holder = sqlite3.connect(path, isolation_level=None)
+
+    async def scenario():
+        call = new_call()
+        on_disk.call_began(call)
+        holder.execute("BEGIN IMMEDIATE")
+        beginning = asyncio.create_task(on_disk.attempt_began(call, 1, ENDPOINT, 1000.5))
+        await asyncio.sleep(0.01)
+        beginning.cancel()
+        await asyncio.gather(beginning, return_exceptions=True)
+        assert beginning.cancelled()
+        ending = asyncio.create_task(on_disk.call_ended(call, Outcome("aborted", asyncio.CancelledError())))
+        await asyncio.sleep(0.01)
+        holder.execute("ROLLBACK")
+        await asyncio.wait_for(ending, 10)
+
+    asyncio.run(scenario())
+    holder.close()
+    assert on_disk.calls()[0]["status"] == "aborted"
+    assert stored_status(path) == ("aborted", "in_flight")
+
+
+def test_several_event_loops_share_it(ledger):
+    def work(thread):
+        async def scenario():
+            await asyncio.gather(*(completed(ledger, new_call(f"{thread}-{number}")) for number in range(40)))
+
+        asyncio.run(scenario())
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    rows = ledger.calls()
+    assert len(rows) == 160
+    assert {row["status"] for row in rows} == {"complete"}
+    assert ledger.notice is None
+
+
+# -- a process that dies ---------------------------------------------------------------------------------------------
+
+
+VICTIM = """
+    import asyncio, sys, time
+    from decimal import Decimal
+    from llmkit.call import Attempt, Call
+    from llmkit.endpoint import Endpoint
+    from llmkit.ledger import Ledger
+    from llmkit.reply import Outcome, Usage
+
+    endpoint = Endpoint(provider="openai", model="m", base_url="https://example.com")
+    ledger = Ledger.open("sqlite")
+
+    async def call(number, ends):
+        call = Call(request_id=f"call {number}", messages=(), model="m", route=(), started=time.monotonic(), started_at=time.time())
+        ledger.call_began(call)
+        await ledger.attempt_began(call, 1, endpoint, time.time())
+        print(call.request_id, flush=True)
+        if not ends:
+            await asyncio.sleep(600)
+        attempt = Attempt(number=1, provider="openai", model="m", status="complete", started=time.time(), latency_s=0.1,
+                          usage=Usage(1, 2), cost_usd=Decimal(1))
+        call.trail.attempts.append(attempt)
+        ledger.attempt_ended(call, attempt)
+        await ledger.call_ended(call, Outcome("complete"))
+
+    async def main():
+        for number in range(5):
+            await call(number, True)
+        await call(5, False)
+
+    asyncio.run(main())
+"""
+
+
+def test_a_killed_process_loses_the_call_in_flight_and_it_is_seen(path):
+    command = [sys.executable, "-c", textwrap.dedent(VICTIM)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as victim:
+        for line in victim.stdout:
+            if line == "call 5\n":
+                break
+        before = Ledger.open("sqlite")  # while its owner lives, a call in flight is left alone
+        assert [row["status"] for row in before.calls()] == ["complete"] * 5 + ["in_flight"]
+        assert before.lost == 0
+        before.close()
+        victim.send_signal(signal.SIGKILL)
+        victim.wait(10)
+    after = Ledger.open("sqlite")
+    rows = after.calls()
+    assert [row["status"] for row in rows] == ["complete"] * 5 + ["lost"]
+    assert after.lost == 1
+    assert (rows[-1]["cost_usd"], rows[-1]["attempts"]) == (None, 1)
+    (attempt,) = after.attempts("call 5")
+    assert (attempt["status"], attempt["maybe_billed"]) == ("lost", True)
+    assert [row["maybe_billed"] for row in after.attempts("call 4")] == [False]
+    after.close()
+
+
+def test_calls_of_another_host_are_lost_after_a_day():
+    store = MemoryStore()
+    past, now = Ledger(store=store), datetime.now(UTC).timestamp()
+    for request_id, age in (("old", 90_000), ("new", 3_600)):
+        past.call_began(new_call(request_id, now - age))
+    for entry, owner in zip(past._open_calls.values(), ("elsewhere:1:a", "elsewhere:2:b"), strict=True):
+        store.commit([entry.changes[0]._replace(owner=owner)])
+    later = Ledger(store=store)
+    assert {row["request_id"]: row["status"] for row in later.calls()} == {"old": "lost", "new": "in_flight"}
+
+
+FORKER = """
+    import asyncio, os, sys, time, warnings
+    from llmkit.call import Call
+    from llmkit.ledger import Ledger
+    from llmkit.reply import Outcome
+
+    warnings.simplefilter("ignore", DeprecationWarning)
+    ledger = Ledger.open("sqlite")
+
+    def new_call(name):
+        return Call(request_id=name, messages=(), model="m", route=(), started=time.monotonic(), started_at=time.time())
+
+    async def call(name):
+        made = new_call(name)
+        ledger.call_began(made)
+        await ledger.call_ended(made, Outcome("complete"))
+
+    asyncio.run(call("parent"))
+    ledger.call_began(new_call("the parent's, in flight"))
+    pid = os.fork()
+    if pid == 0:
+        asyncio.run(call("child"))
+        assert [row["request_id"] for row in ledger.calls()] == ["parent", "child"]
+        assert len({row["owner"] for row in ledger.calls()}) == 2
+        ledger.close()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert [row["request_id"] for row in ledger.calls()] == ["parent", "the parent's, in flight", "child"]
+    ledger.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_an_owner_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FORKER)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# -- a store that cannot be used -------------------------------------------------------------------------------------
+
+
+def test_a_store_that_cannot_be_opened_is_said_once_and_the_call_goes_on(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    ledger = Ledger.open(f"sqlite://{tmp_path}/file/ledger.sqlite3")
+    asyncio.run(completed(ledger, new_call()))
+    asyncio.run(completed(ledger, new_call("b")))
+    assert str(tmp_path / "file") in ledger.notice
+    assert "memory only" in ledger.notice
+    assert len(caplog.records) == 1
+    assert [(row["request_id"], row["status"]) for row in ledger.calls()] == [("a", "complete"), ("b", "complete")]
+    ledger.close()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_store_that_fails_in_mid_call_is_fallen_back_from(on_disk, path, late, monkeypatch):
+    async def scenario():
+        await completed(on_disk, new_call("before"))
+        call = new_call()
+        on_disk.call_began(call)
+        if not late:
+            break_store(monkeypatch)
+        await on_disk.attempt_began(call, 1, ENDPOINT, 1000.5)
+        if late:
+            break_store(monkeypatch)
+        call.trail.attempts.append(new_attempt())
+        on_disk.attempt_ended(call, new_attempt())
+        await asyncio.sleep(0)
+        await on_disk.call_ended(call, Outcome("complete", None, Answer()))
+        await completed(on_disk, new_call("later", 2000.0))
+
+    asyncio.run(scenario())
+    assert "disk I/O error" in on_disk.notice
+    assert [row["status"] for row in on_disk.calls()] == ["complete"] * 3
+    assert {row["request_id"] for row in on_disk.calls()} == {"before", "a", "later"}
+    assert [row["request_id"] for row in on_disk.calls(limit=1)] == ["later"]
+    assert [row["cost_usd"] for row in on_disk.attempts("a")] == [Decimal("0.00123")]
+    assert stored_status(path)[0] == ("in_flight" if late else "complete")
+
+
+def break_store(monkeypatch):
+    def fail(self, changes):
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+        raise error
+
+    monkeypatch.setattr(SQLiteStore, "_transact", fail)
+
+
+def test_a_lock_that_is_never_released_ends_in_memory(tmp_path):
+    store = SQLiteStore(tmp_path / "ledger.sqlite3", patience_s=0.05)
+    ledger = Ledger(store=store)
+    ledger.calls()
+    holder = sqlite3.connect(tmp_path / "ledger.sqlite3", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+
+    async def scenario():
+        call = new_call("cancelled")
+        ledger.call_began(call)
+        beginning = asyncio.create_task(ledger.attempt_began(call, 1, ENDPOINT, 1.0))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        beginning.cancel()
+        await asyncio.gather(beginning, return_exceptions=True)
+        await ledger.call_ended(call, Outcome("aborted", asyncio.CancelledError()))
+        await completed(ledger, new_call("b"))
+
+    asyncio.run(scenario())
+    assert "locked by another program" in ledger.notice
+    assert {row["request_id"]: row["status"] for row in ledger.calls()} == {"cancelled": "aborted", "b": "complete"}
+    assert len(ledger.attempts("cancelled")) == 1
+    holder.execute("ROLLBACK")
+    holder.close()
+    ledger.close()
+
+
+def test_a_wrong_url_is_said_at_once():
+    with pytest.raises(ConfigError, match="redis is not there yet"):
+        Ledger.open("redis://localhost")
+
+
+def test_nothing_is_opened_before_it_is_needed(path):
+    ledger = Ledger.open("sqlite")
+    ledger.call_began(new_call())
+    ledger.close()
+    assert not path.parent.exists()
+    ledger.calls()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    ledger.close()
+
+
+# -- how it is read --------------------------------------------------------------------------------------------------
+
+
+def test_since_and_limit(ledger):
+    for request_id, started_at in (("a", 1000.0), ("c", 3000.0), ("b", 2000.0)):
+        asyncio.run(completed(ledger, new_call(request_id, started_at)))
+    ledger.call_began(new_call("d", 4000.0))
+    assert [row["request_id"] for row in ledger.calls()] == ["a", "b", "c", "d"]
+    assert [row["request_id"] for row in ledger.calls(limit=2)] == ["c", "d"]
+    assert [row["request_id"] for row in ledger.calls(since=2000.0)] == ["b", "c", "d"]
+    assert [row["request_id"] for row in ledger.calls(since=datetime.fromtimestamp(2500, UTC))] == ["c", "d"]
+    with pytest.raises(ValueError, match="limit is 0"):
+        ledger.calls(limit=0)
+
+
+def test_the_frame(ledger):
+    asyncio.run(completed(ledger, new_call(user="ana", tags={"app": "docs"}, started_at=1_700_000_000.123456)))
+    ledger.call_began(new_call("b", 1_700_000_001.0))
+    frame = ledger.frame()
+    assert list(frame.columns) == list(COLUMNS)
+    assert {column: str(kind) for column, kind in frame.dtypes.items()} == COLUMNS
+    first, second = (row for _, row in frame.iterrows())
+    assert first["started"] == pd.Timestamp("2023-11-14T22:13:20.123456Z")
+    assert (first["model"], second["model"]) == ("gpt-5-mini-2026-08-07", "smart")
+    assert first["cost_usd"] == 0.00123
+    assert first["tags"] == {"app": "docs"}
+    assert (first["input_tokens"], first["attempts"], first["estimated"]) == (12, 1, False)
+    unknown = ["user", "provider", "source", "input_tokens", "estimated", "cost_usd", "latency_s", "attempts", "error"]
+    assert frame.loc[1, unknown].isna().all()
+    assert frame["cost_usd"].sum() == 0.00123
+
+
+def test_an_empty_frame_has_the_same_columns(ledger):
+    frame = ledger.frame()
+    assert len(frame) == 0
+    assert {column: str(kind) for column, kind in frame.dtypes.items()} == COLUMNS
+
+
+def test_tags_are_kept_as_they_are(ledger):
+    tags = {"b": "'; --", "a": "é\ud800"}
+    asyncio.run(completed(ledger, new_call(tags=tags)))
+    assert ledger.calls()[0]["tags"] == tags
+    assert json.loads(json.dumps(ledger.calls()[0]["tags"])) == tags
