@@ -15,10 +15,12 @@ import asyncio
 import math
 import os
 import ssl
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
 import httpx
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 from yarl import URL
@@ -108,6 +110,16 @@ class _Body(httpx.AsyncByteStream):
         await self._exchange.aclose()
 
 
+class _Handler(ResponseHandler):
+    """aiohttp's protocol, mended: on a malformed chunk it forgets to tell the reader of the body, who waits for ever."""
+
+    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        payload = self._payload
+        super().set_exception(exc, *cause)
+        if payload is not None and not payload.is_eof() and payload.exception() is None:
+            payload.set_exception(aiohttp.ClientPayloadError("the body is malformed"))
+
+
 class AiohttpTransport(httpx.AsyncBaseTransport):
     """httpx's transport interface over aiohttp: one session for each event loop, connections kept alive in it.
 
@@ -142,7 +154,10 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             response.status,
             headers=response.raw_headers,
             stream=_Body(exchange),
-            extensions={"http_version": b"HTTP/1.1", "reason_phrase": (response.reason or "").encode("latin-1", "replace")},
+            extensions={
+                "http_version": b"HTTP/1.1",
+                "reason_phrase": (response.reason or "").encode("latin-1", "replace"),
+            },
         )
 
     def prepare(self, url: str, headers: list[tuple[str, str]]) -> Prepared:
@@ -219,8 +234,10 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
     async def _session(self, loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
         for old in [other for other in self._sessions if other.is_closed()]:
             _forget(self._sessions.pop(old)[0])
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, ttl_dns_cache=60)
+        connector._factory = partial[ResponseHandler](_Handler, loop=loop)
         session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, ttl_dns_cache=60),
+            connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),
             trust_env=False,  # it costs two thread hops a request; see _proxy
@@ -230,7 +247,9 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         await keeper.__anext__()
         return session
 
-    async def _closing(self, loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> AsyncGenerator[None, None]:
+    async def _closing(
+        self, loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession
+    ) -> AsyncGenerator[None, None]:
         # asyncio.run() ends the generators of its loop before it closes it: the last chance to close connections well.
         try:
             yield
@@ -264,7 +283,9 @@ def _proxy_from_environment(url: URL) -> URL | None:
         return None
     proxy = URL(found if "://" in found else f"http://{found}")
     if proxy.scheme not in {"http", "https"}:
-        raise httpx.UnsupportedProtocol(f"a {proxy.scheme} proxy is set in the environment; only http and https proxies work")
+        raise httpx.UnsupportedProtocol(
+            f"a {proxy.scheme} proxy is set in the environment; only http and https proxies work"
+        )
     return proxy
 
 

@@ -57,6 +57,7 @@ WIRES: dict[str, Wire] = {"openai": OpenAIWire(), "anthropic": AnthropicWire()}
 
 _REDACTED = REDACTED.encode()
 _MOST_TARGETS = 256
+_LAST_PORT = 65535
 _FILTERED = frozenset({"content_filter", "refusal"})
 _HEADERS = (
     ("Content-Type", "application/json"),
@@ -64,7 +65,13 @@ _HEADERS = (
     ("Accept-Encoding", "identity"),  # a stream that is packed arrives in lumps
     ("User-Agent", "llmkit"),
 )
-_NOT_SENT = (httpx.ConnectError, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+_NOT_SENT = (
+    httpx.ConnectError,
+    httpx.PoolTimeout,
+    httpx.ProxyError,
+    httpx.UnsupportedProtocol,
+    httpx.LocalProtocolError,
+)
 _FOREIGN = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError)
 _BROKEN = (Malformed, ErrorInside, EventTooLarge, *_FOREIGN)
 
@@ -155,34 +162,33 @@ class Provider:
 
     # -- before sending ----------------------------------------------------------------------------------------------
 
+    # No variable of the methods that raise holds a key: a traceback may show them all.
+
     def _target(self, endpoint: Endpoint) -> _Target:
         target = self._targets.get(id(endpoint))
-        key = self._environ.get(endpoint.api_key_env) if endpoint.api_key_env else None
-        if target is None or target.endpoint is not endpoint or target.key != key:
-            target = self._aimed(endpoint, key)
+        if target is None or target.endpoint is not endpoint or target.key != self._key(endpoint):
+            target = self._aimed(endpoint)
             if len(self._targets) >= _MOST_TARGETS:
                 self._targets.clear()
             self._targets[id(endpoint)] = target
         return target
 
-    def _aimed(self, endpoint: Endpoint, key: str | None) -> _Target:
+    def _key(self, endpoint: Endpoint) -> str | None:
+        return self._environ.get(endpoint.api_key_env) if endpoint.api_key_env else None
+
+    def _aimed(self, endpoint: Endpoint) -> _Target:
         if endpoint.wire not in WIRES:
             raise ConfigError(f"{endpoint.name}: there is no wire format {endpoint.wire!r}; there are {', '.join(WIRES)}")
+        url = _url(endpoint)
         if self._offline and not endpoint.simulated and not is_loopback(endpoint.base_url):
             raise CallRejected(
                 f"{endpoint.name} is not on this machine, and llmkit is offline",
                 next_step="use a local model or the simulator, or unset LLMKIT_OFFLINE",
             )
-        if endpoint.key_required and not (key and key.strip()) and not endpoint.simulated:
-            raise AuthenticationError(
-                f"{endpoint.name}: no key: the environment variable {endpoint.api_key_env} is not set",
-                provider=endpoint.provider,
-                model=endpoint.model,
-                next_step=f"set {endpoint.api_key_env}, or use another model (-m)",
-            )
-        if key and key.strip():
-            _sendable(key.strip(), endpoint)
-        return _Target(endpoint, key, _url(endpoint))
+        failure = _key_failure(self._key(endpoint), endpoint)
+        if failure is not None:
+            raise failure
+        return _Target(endpoint, self._key(endpoint), url)
 
     async def _sent(self, call: Call, target: _Target) -> Exchange:
         """Send the request, and wait for the head of the response."""
@@ -190,23 +196,27 @@ class Provider:
         try:
             body = encoded(target.wire.body(call, endpoint))
         except (ValueError, TypeError, RecursionError) as error:
-            message = f"{endpoint.name}: the request cannot be sent: {tidy(str(error), target.key)}"
-            raise InvalidRequest(message, provider=endpoint.provider, model=endpoint.model) from None
+            why = tidy(str(error), target.key)
+        else:
+            try:
+                return await self._carried(call, target, body)
+            except _FOREIGN as error:
+                failure = _unsent(error, target, call.timeouts.connect)
+            raise failure  # out here, so that it does not hold the foreign exception, which may hold the request
+        raise InvalidRequest(f"{endpoint.name}: the request cannot be sent: {why}", provider=endpoint.provider, model=endpoint.model)
+
+    async def _carried(self, call: Call, target: _Target, body: bytes) -> Exchange:
         connect = call.timeouts.connect
-        transport = self._carrier(endpoint)
-        try:
-            if transport is not None:
-                return await _through(transport, target, call.request_id, body, connect)
-            engine = self._engine or self._own()
-            prepared = target.prepared
-            if prepared is None:
-                prepared = target.prepared = engine.prepare(target.url, target.headers)
-            headers = prepared.headers.copy()
-            headers["Idempotency-Key"] = call.request_id
-            return await engine.exchange(prepared, headers, body, connect=connect)
-        except _FOREIGN as error:
-            failure = _unsent(error, target, connect)
-        raise failure  # out here, so that it does not hold the foreign exception, which may hold the request
+        transport = self._carrier(target.endpoint)
+        if transport is not None:
+            return await _through(transport, target, call.request_id, body, connect)
+        engine = self._engine or self._own()
+        prepared = target.prepared
+        if prepared is None:
+            prepared = target.prepared = engine.prepare(target.url, target.headers)
+        headers = prepared.headers.copy()
+        headers["Idempotency-Key"] = call.request_id
+        return await engine.exchange(prepared, headers, body, connect=connect)
 
     def _carrier(self, endpoint: Endpoint) -> httpx.AsyncBaseTransport | None:
         """The transport for this endpoint; None means llmkit's own engine."""
@@ -229,7 +239,18 @@ class Provider:
 class _Source:
     """The chunks of one response, in the groups in which they arrive; it fills ``head`` as it goes."""
 
-    __slots__ = ("_clock", "_decoder", "_exchange", "_failure", "_finished", "_head", "_reader", "_size", "_target", "ended")
+    __slots__ = (
+        "_clock",
+        "_decoder",
+        "_exchange",
+        "_failure",
+        "_finished",
+        "_head",
+        "_reader",
+        "_size",
+        "_target",
+        "ended",
+    )
 
     def __init__(self, exchange: Exchange, target: _Target, head: Head, clock: Clock) -> None:
         self._exchange = exchange
@@ -252,12 +273,9 @@ class _Source:
         Raises:
             LLMKitError: what went wrong instead.
         """
-        exchange, head = self._exchange, self._head
-        request_id = provider_request_id(exchange.headers)
-        if request_id is not None:
-            head.provider_request_id = tidy(request_id, self._target.key)
+        self._head.provider_request_id = self._request_id()
         try:
-            if not 200 <= exchange.status < 300:
+            if not 200 <= self._exchange.status < 300:
                 failure = await self._complaint()
             else:
                 first = await self._first()
@@ -289,11 +307,15 @@ class _Source:
             self._finished = True
             await self._exchange.aclose()
 
+    def _request_id(self) -> str | None:
+        found = provider_request_id(self._exchange.headers)
+        return None if found is None else tidy(found, self._target.key)
+
     # -- reading -----------------------------------------------------------------------------------------------------
 
     async def _first(self) -> list[Chunk]:
         data = await self._begun()
-        if _is_document(data, self._exchange.headers):
+        if _is_document(data):
             return await self._whole(data)
         batch = self._events(data)
         while not batch and not self.ended and self._failure is None and not self._head.tool_calls:
@@ -446,10 +468,10 @@ class _Source:
 _BLANK = b" \t\r\n\xef\xbb\xbf"
 
 
-def _is_document(data: bytes, headers: Mapping[str, str]) -> bool:
+def _is_document(data: bytes) -> bool:
     """Whether a body that begins with ``data`` is one JSON document, and not a stream of events.
 
-    The body is believed before its Content-Type.
+    The body itself tells; its Content-Type may lie.
 
     Raises:
         Malformed: it is an HTML page.
@@ -457,9 +479,7 @@ def _is_document(data: bytes, headers: Mapping[str, str]) -> bool:
     first = data.strip(_BLANK)[:1]
     if first == b"<":
         raise Malformed(f"{complaint_in(data).message} instead of an answer")
-    if first in {b"{", b"["}:
-        return True
-    return first not in {b"d", b"e", b"i", b"r", b":"} or "json" in headers.get("content-type", "").lower()
+    return first not in {b"d", b"e", b"i", b"r", b":"}  # the fields of an event, and comments
 
 
 def _glimpse(body: bytes) -> str:
@@ -533,7 +553,9 @@ def _unsent(error: Exception, target: _Target, connect: float | None) -> LLMKitE
     if isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
         return ProviderUnreachable(f"{endpoint.name}: {reason}", retryable=False, **fields)
     if isinstance(error, _NOT_SENT):
-        return ProviderUnreachable(f"{endpoint.name} cannot be reached at {redact(endpoint.base_url)}: {reason}", **fields)
+        return ProviderUnreachable(
+            f"{endpoint.name} cannot be reached at {redact(endpoint.base_url)}: {reason}", **fields
+        )
     message = f"{endpoint.name}: the connection was lost before the answer began: {reason}"
     return ProviderUnreachable(message, maybe_billed=True, **fields)
 
@@ -548,18 +570,25 @@ def _url(endpoint: Endpoint) -> str:
         url = httpx.URL(endpoint.base_url)
     except (httpx.InvalidURL, TypeError):
         url = httpx.URL()
-    if url.scheme not in {"http", "https"} or not url.host:
+    if url.scheme not in {"http", "https"} or not url.host or (url.port or 1) > _LAST_PORT:
         raise ConfigError(f"{endpoint.name}: base_url {redact(endpoint.base_url)!r} is not an http or https URL")
     if url.userinfo:
         raise ConfigError(f"{endpoint.name}: base_url must hold no password; name a variable in api_key_env instead")
     return endpoint.base_url.rstrip("/") + WIRES[endpoint.wire].path
 
 
-def _sendable(key: str, endpoint: Endpoint) -> None:
-    """Raise `AuthenticationError` for a key that no header can hold."""
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise AuthenticationError(
-            f"{endpoint.name}: what {endpoint.api_key_env} holds cannot be a key: it has blanks or special characters in it",
-            provider=endpoint.provider,
-            model=endpoint.model,
-        )
+def _key_failure(key: str | None, endpoint: Endpoint) -> AuthenticationError | None:
+    """What is wrong with the key, if anything."""
+    key = key.strip() if key else ""
+    if not key and endpoint.key_required and not endpoint.simulated:
+        what = f"no key: the environment variable {endpoint.api_key_env} is not set"
+    elif key and (not key.isascii() or not key.isprintable() or " " in key):
+        what = f"what {endpoint.api_key_env} holds cannot be a key: it has blanks or special characters in it"
+    else:
+        return None
+    return AuthenticationError(
+        f"{endpoint.name}: {what}",
+        provider=endpoint.provider,
+        model=endpoint.model,
+        next_step=f"set {endpoint.api_key_env}, or use another model (-m)",
+    )
