@@ -6,7 +6,7 @@ works in a script, in a notebook whose own loop runs, and from several threads a
 
 from __future__ import annotations
 
-import uuid
+import os
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
@@ -107,7 +107,7 @@ class AsyncClient:
         started = self.clock.now()
         cap = options.max_cost_usd
         return Call(
-            request_id=options.request_id or uuid.uuid4().hex,
+            request_id=options.request_id or new_request_id(self.clock),
             messages=messages_from(prompt, options.system),
             model=model,
             route=config.route(model),
@@ -251,6 +251,11 @@ class Client:
 
     def __repr__(self) -> str:
         return repr(self._client).replace("AsyncClient", "Client", 1)
+
+
+def new_request_id(clock: Clock) -> str:
+    """32 hexadecimal digits: milliseconds, then chance. Ids that grow with time keep a ledger's pages together."""
+    return f"{int(clock.time() * 1000):012x}{os.urandom(10).hex()}"
 
 
 async def _awaited(opening: Opening) -> Reply:
