@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
+from llmkit.testing.books import Received
 from llmkit.testing.clock import FakeClock
-from llmkit.testing.exchange import Received
 from llmkit.testing.faults import Fault
 from llmkit.testing.simulator import Simulator
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["FRAMINGS", "USAGES", "Fault", "Script"]
+__all__ = ["FRAMINGS", "NO_FAULT", "USAGES", "Fault", "Script"]
 
 RetryForm = Literal["seconds", "date", "ms"]
 Usages = Literal["right", "none", "null", "zero", "negative", "text", "huge", "with_choices", "each_chunk"]
@@ -173,7 +173,9 @@ class Fault:
         return cls(kind="garbage_frame", after=after)
 
     @classmethod
-    def error_in_stream(cls, after: int = 3, *, message: str = "The server had an error while processing it") -> Fault:
+    def error_in_stream(
+        cls, after: int = 3, *, message: str = "The server had an error while processing your request."
+    ) -> Fault:
         """An error object inside a stream that began with 200."""
         return cls(kind="error_in_stream", after=after, message=message)
 
@@ -203,6 +205,10 @@ class Fault:
     def reasoning_only(cls) -> Fault:
         """The whole limit goes into reasoning: billed, ended by ``length``, without a word of answer."""
         return cls(kind="reasoning_only")
+
+
+NO_FAULT = Fault(kind="none")
+"""What happens to a request that nothing happens to."""
 
 
 def _known(variant: str, variants: tuple[str, ...], what: str) -> str:

@@ -82,7 +82,7 @@ class Server:
             if "content-length" not in headers:
                 response.enable_chunked_encoding()
             await response.prepare(request)
-            async with aclosing(serving.body()) as blocks:  # type: ignore[type-var]
+            async with aclosing(serving.body()) as blocks:
                 async for block in blocks:
                     await response.write(block)
             await response.write_eof()

@@ -13,7 +13,8 @@ import httpx
 
 from llmkit.clock import SystemClock
 from llmkit.reply import Usage
-from llmkit.testing.exchange import Broken, Exchange, Headers, Received, Settings, parsed
+from llmkit.testing.books import Headers, Received, Settings, added
+from llmkit.testing.exchange import Broken, Exchange, parsed
 from llmkit.testing.faults import USAGES, Fault, Script
 from llmkit.testing.wires import ANTHROPIC, CREATED, OPENAI, Rejected, Wire, dumps
 
@@ -53,7 +54,7 @@ class Simulator(httpx.AsyncBaseTransport):
         disconnects: how many calls the client left before their end.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - settings, by keyword
         self,
         answer: str | Callable[[dict[str, Any]], str] | None = None,
         *,
@@ -120,7 +121,7 @@ class Simulator(httpx.AsyncBaseTransport):
     def billed(self) -> Usage:
         """All tokens that a provider would bill by now: of streams that broke or were left, what had been sent."""
         with self._lock:
-            return _sum([self._settled, *(received.billed for received in self._serving)])
+            return added([self._settled, *(received.billed for received in self._serving)])
 
     async def until(self, condition: Callable[[Simulator], bool]) -> None:
         """Wait, without sleeping, until ``condition(simulator)`` holds; it is asked whenever the books change."""
@@ -182,7 +183,7 @@ class Simulator(httpx.AsyncBaseTransport):
             self.open -= 1
             self.disconnects += received.state == "left"
             self._serving.discard(received)
-            self._settled = _sum([self._settled, received.billed])
+            self._settled = added([self._settled, received.billed])
             self._changed()
 
     def _page(self, received: Received) -> tuple[int, dict[str, Any]]:
@@ -206,10 +207,10 @@ class Simulator(httpx.AsyncBaseTransport):
             items = [{"type": "model", "id": name, "display_name": name, "created_at": "2026-01-01T00:00:00Z"}
                      for name in names]  # fmt: skip
             return {"data": items, "has_more": False, "first_id": names[0], "last_id": names[-1]}
-        extra = {"max_model_len": self._settings.window} if self._settings.window else {}
-        items = [{"id": name, "object": "model", "created": CREATED, "owned_by": "llmkit-simulator"} | extra
+        extra: dict[str, Any] = {"max_model_len": self._settings.window} if self._settings.window else {}
+        listed: list[dict[str, Any]] = [{"id": name, "object": "model", "created": CREATED, "owned_by": "llmkit-simulator"} | extra
                  for name in names]  # fmt: skip
-        return {"object": "list", "data": items}
+        return {"object": "list", "data": listed}
 
     # -- in process --------------------------------------------------------------------------------------------------
 
@@ -326,7 +327,7 @@ class _Body(httpx.AsyncByteStream):
 
     async def aclose(self) -> None:
         self._exchange.close("left")
-        await self._blocks.aclose()  # type: ignore[attr-defined]
+        await self._blocks.aclose()
 
 
 _PATHS = ("/chat/completions", "/messages")
@@ -347,12 +348,3 @@ def _counted(body: Any) -> tuple[int, dict[str, Any]]:
     except Rejected as rejected:
         return 400, ANTHROPIC.error("invalid", 400, str(rejected))
     return 200, {"input_tokens": ask.input_tokens}
-
-
-def _sum(usages: Sequence[Usage]) -> Usage:
-    return Usage(
-        input_tokens=sum(usage.input_tokens for usage in usages),
-        output_tokens=sum(usage.output_tokens for usage in usages),
-        cached_input_tokens=sum(usage.cached_input_tokens for usage in usages),
-        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
-    )

@@ -109,20 +109,18 @@ def dumps(document: Any) -> str:
 
 def reported(usage: dict[str, Any], variant: str) -> dict[str, Any] | None:
     """Usage as this variant tells it: right, or nonsense."""
-    changes = {
-        "zero": lambda _: 0,
-        "negative": lambda count: -count - 1,
-        "text": lambda _: "many",
-        "huge": lambda _: 10**30,
-    }
     if variant == "null":
         return None
-    if variant not in changes:
+    if variant not in {"zero", "negative", "text", "huge"}:
         return usage
-    return {
-        name: reported(value, variant) if isinstance(value, dict) else changes[variant](value)
-        for name, value in usage.items()
-    }
+    nonsense: dict[str, Any] = {}
+    for name, value in usage.items():
+        nonsense[name] = reported(value, variant) if isinstance(value, dict) else _misreported(value, variant)
+    return nonsense
+
+
+def _misreported(count: int, variant: str) -> Any:
+    return {"zero": 0, "negative": -count - 1, "text": "many", "huge": 10**30}[variant]
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -373,7 +371,7 @@ class Anthropic:
         return self.finishes.get(generation.finish, generation.finish)
 
     def _message(self, generation: Generation, blocks: list[dict[str, Any]], output_tokens: int) -> dict[str, Any]:
-        message = {
+        message: dict[str, Any] = {
             "id": f"msg_sim{generation.digest}",
             "type": "message",
             "role": "assistant",
