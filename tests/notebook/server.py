@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,7 +45,8 @@ def said(*parts, usage=(7, 5), finish="stop"):
                 handler.watch(part)
                 return
             elif part is CUT:
-                handler.connection.close()
+                handler.connection.shutdown(socket.SHUT_RDWR)
+                handler.close_connection = True
                 return
             else:
                 handler.event({"model": "tiny-1", "choices": [{"index": 0, "delta": {"content": part}}]})

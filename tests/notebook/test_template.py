@@ -53,7 +53,7 @@ def test_any_value_arrives_as_it_is(value) -> None:
     assert render("<{{ x }}>", {"x": value}) == f"<{value}>"
 
 
-@given(st.recursive(st.integers() | st.text(alphabet="ab%#"), lambda inner: st.dictionaries(st.text("k", max_size=3), inner)))
+@given(st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("ab"), inner), max_leaves=5))
 def test_json_passes_untouched(value) -> None:
     text = json.dumps(value)
     if "{{" not in text and "{%" not in text:
@@ -96,7 +96,9 @@ def test_an_error_in_an_expression_is_ours() -> None:
     assert error.message == "line 2 of the prompt: ZeroDivisionError: division by zero"
 
 
-@pytest.mark.parametrize("text", ["{% include 'x' %}", "{{ lipsum() }}", "{{ open('/etc/passwd') }}", "{{ eval('1') }}"])
+@pytest.mark.parametrize(
+    "text", ["{% include 'x' %}", "{{ lipsum() }}", "{{ open('/etc/passwd') }}", "{{ eval('1') }}"]
+)
 def test_there_is_nothing_but_the_notebook(text) -> None:
     failure(text)
 

@@ -1,0 +1,276 @@
+"""``%%llm`` in a shell: prompt, options, variables, display, errors."""
+
+from __future__ import annotations
+
+import pytest
+from IPython.utils.capture import capture_output
+
+from llmkit.errors import AllModelsFailed, ConfigError, InvalidRequest, LLMKitError, StreamBroken, TemplateError
+from llmkit.notebook.magics import LLMMagics
+from tests.notebook.server import CUT, refused, said
+
+
+def run(shell, code):
+    """Run a cell as a user would; what it displayed, printed and ended in."""
+    with capture_output() as shown:
+        shown.result = shell.run_cell(code, store_history=True)
+    shown.error = shown.result.error_in_exec
+    return shown
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def test_loading_says_in_one_line_what_will_be_used(bare, folder) -> None:
+    shown = run(bare, "%load_ext llmkit")
+    assert shown.stdout == "llmkit: model tiny (from llmkit.toml) · cap $0.50 a request\n"
+
+
+def test_notices_are_said(bare, folder, server) -> None:
+    (folder / "llmkit.toml").write_text(server.settings() + "[budget]\nday = { usd = 5 }\n", "utf-8")
+    assert "\nllmkit: [budget] day: not enforced" in run(bare, "%load_ext llmkit").stdout
+
+
+def test_a_second_load_is_harmless(shell) -> None:
+    first = LLMMagics.of(shell)
+    run(shell, "import llmkit\nllmkit.load_ipython_extension(get_ipython())")
+    run(shell, "%load_ext llmkit")
+    assert LLMMagics.of(shell) is first
+    assert sum(isinstance(each, LLMMagics) for each in shell.configurables) == 1
+
+
+def test_unloading_leaves_the_shell_as_it_was(bare, folder) -> None:
+    def traces():
+        magics = bare.magics_manager
+        names = [name for name in (*magics.magics["line"], *magics.magics["cell"]) if "llm" in name]
+        kinds = [type(each).__name__ for each in (*bare.configurables, *magics.registry.values())]
+        return names, kinds.count("LLMMagics"), bare.custom_exceptions
+
+    nothing = traces()
+    assert nothing == ([], 0, ())
+    run(bare, "%load_ext llmkit")
+    run(bare, "%%llm\nhi")
+    assert traces() == (["llm", "llm"], 2, (LLMKitError,))
+    run(bare, "%unload_ext llmkit")
+    assert traces() == nothing
+    run(bare, "%load_ext llmkit")
+    assert run(bare, "%%llm\nhi").error is None
+
+
+def test_wrong_settings_are_said_at_once_and_fail_the_first_cell(bare, folder, server) -> None:
+    (folder / "llmkit.toml").write_text("modle = 'x'\n", "utf-8")
+    shown = run(bare, "%load_ext llmkit")
+    assert shown.error is None
+    assert "did you mean" in shown.stderr
+    assert isinstance(run(bare, "%%llm\nhi").error, ConfigError)
+    (folder / "llmkit.toml").write_text(server.settings(), "utf-8")  # mended: no reload needed
+    assert run(bare, "%%llm\nhi").error is None
+
+
+def test_settings_are_those_of_the_notebooks_folder(shell, server, tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert run(shell, "%%llm\nhi").error is None
+    assert len(server.requests) == 1
+
+
+# -- asking ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cell_is_sent_and_the_reply_is_bound(shell, server) -> None:
+    shown = run(shell, "%%llm answer << -o other\nWhat is {{ 6 * 7 }}?\n  keep  \n\n")
+    assert server.requests[0]["messages"] == [{"role": "user", "content": "What is 42?\n  keep"}]
+    assert str(shell.user_ns["answer"]) == "Hello there."
+    assert shell.user_ns["other"] is shell.user_ns["answer"] is shell.user_ns["_"]
+    assert shown.result.result is None
+    assert shown.stdout.startswith("Hello there.\n\ntiny-1 · 7 → 5 tokens · $0.000017 · ")
+    assert shown.stdout.count("Hello there.") == 1
+
+
+def test_underscore_goes_on_as_in_any_notebook(shell) -> None:
+    run(shell, "1 + 1")
+    run(shell, "%%llm\nhi")
+    run(shell, "kept = (_.text, __)")
+    assert shell.user_ns["kept"] == ("Hello there.", 2)
+
+
+def test_a_reply_can_be_read_again(shell) -> None:
+    run(shell, "%%llm a <<\nhi")
+    assert "".join(chunk.text for chunk in shell.user_ns["a"]) == "Hello there."
+
+
+def test_every_option_reaches_the_wire(shell, server) -> None:
+    shell.user_ns["who"] = "Ana"
+    run(shell, "%%llm -s 'Terse, {{ who }}' -t 0.5 --max-tokens 9 --seed 3 --stop END --user ana --tag k=v\nhi")
+    (body,) = server.requests
+    assert body["messages"][0] == {"role": "system", "content": "Terse, Ana"}
+    assert (body["temperature"], body["seed"], body["stop"]) == (0.5, 3, ["END"])
+    assert 9 in body.values()
+    assert body["stream"] is True
+    row = LLMMagics.of(shell).session.client.ledger.calls(limit=1)[0]
+    assert (row["user"], row["tags"]) == ("ana", {"k": "v"})
+
+
+def test_settings_hold_for_cells_that_say_nothing(shell, server) -> None:
+    run(shell, "%config LLMMagics.temperature = 0.25")
+    run(shell, "%config LLMMagics.system = 'Be brief.'")
+    run(shell, "%%llm\nhi")
+    run(shell, "%%llm -t 1\nhi")
+    assert [body["temperature"] for body in server.requests] == [0.25, 1.0]
+    assert server.requests[0]["messages"][0]["content"] == "Be brief."
+
+
+def test_an_impossible_setting_is_refused(shell) -> None:
+    magics = LLMMagics.of(shell)
+    with pytest.raises(ConfigError, match="temperature is a number from 0 to 2"):
+        magics.temperature = 5
+    with pytest.raises(ConfigError, match="chat, code"):
+        magics.timeout = "slow"
+    assert (magics.temperature, magics.timeout) == (None, None)
+
+
+def test_the_settings_are_listed(shell) -> None:
+    shown = run(shell, "%config LLMMagics").stdout
+    for name in ("model", "temperature", "max_cost", "timeout", "traceback", "display"):
+        assert f"LLMMagics.{name}=" in shown
+
+
+def test_the_line_is_not_expanded_by_ipython(shell, server) -> None:
+    shell.user_ns["cost"] = 3
+    run(shell, "%%llm -s 'costs {cost} $cost'\nhi")
+    assert server.requests[0]["messages"][0]["content"] == "costs {cost} $cost"
+
+
+def test_raw_sends_the_cell_as_it_is(shell, server) -> None:
+    run(shell, "%%llm --raw\n{{ nothing }} {% if %}")
+    assert server.requests[0]["messages"][0]["content"] == "{{ nothing }} {% if %}"
+
+
+def test_quiet_shows_nothing_and_binds(shell) -> None:
+    shown = run(shell, "%%llm a << --quiet\nhi")
+    assert (shown.stdout, shown.stderr, shown.outputs) == ("", "", [])
+    assert shell.user_ns["a"].text == "Hello there."
+
+
+def test_without_streaming(shell, server) -> None:
+    shown = run(shell, "%%llm --no-stream\nhi")
+    assert not server.requests[0].get("stream")
+    assert shown.stdout.startswith("Hello there.\n")
+
+
+def test_a_format_that_must_be_whole_is_printed_at_the_end(shell, server) -> None:
+    server.next(said('{"a"', ": 1}"))
+    assert run(shell, "%%llm --format json\nhi").stdout.startswith('{\n  "a": 1\n}\n\ntiny-1')
+
+
+def test_a_terminal_is_not_commanded_by_a_model(shell, server) -> None:
+    server.next(said("a\x1b]0;owned\x07b\x1b[2J"))
+    assert run(shell, "%%llm\nhi").stdout.startswith("ab\n")
+
+
+def test_shown_once_at_the_end(shell, monkeypatch) -> None:
+    monkeypatch.setenv("LLMKIT_DISPLAY", "final")
+    shown = run(shell, "%%llm\nhi")
+    answer, footer = shown.outputs
+    assert answer.data == {"text/markdown": "Hello there.", "text/plain": "Hello there."}
+    assert answer.metadata["llmkit"]["request_id"] == shell.user_ns["_"].request_id
+    assert footer.data["text/plain"] == "tiny-1 · 7 → 5 tokens · $0.000017 · vllm"
+    assert shown.stdout == ""
+
+
+def test_a_wrong_display_is_an_error_before_any_spend(shell, server, monkeypatch) -> None:
+    monkeypatch.setenv("LLMKIT_DISPLAY", "loud")
+    error = run(shell, "%%llm\nhi").error
+    assert isinstance(error, ConfigError)
+    assert "LLMKIT_DISPLAY is live or final, not 'loud'" in error.message
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "cell, kind",
+    [
+        ("%%llm\n{{ nothing }}", TemplateError),
+        ("%%llm -s '{{ nothing }}'\nhi", TemplateError),
+        ("%%llm --nonsense\nhi", ConfigError),
+        ("%%llm -t 9\nhi", ConfigError),
+        ("%%llm --max-cost free\nhi", ConfigError),
+        ("%%llm --max-tokens 0\nhi", ConfigError),
+        ("%%llm --timeout soon\nhi", ConfigError),
+        ("%%llm -m nosuch\nhi", ConfigError),
+        ("%%llm\n\n  \n", ConfigError),
+        ("%%llm\n{{ '' }}", ConfigError),
+    ],
+)
+def test_mistakes_cost_nothing(shell, server, cell, kind) -> None:
+    shown = run(shell, cell)
+    assert isinstance(shown.error, kind)
+    assert server.requests == []
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_one_block_and_fails_the_cell(shell, server) -> None:
+    server.next(refused(400, "bad key sk-abcdefghij0123456789 here"))
+    shown = run(shell, "%%llm\nhi")
+    assert isinstance(shown.error, InvalidRequest)
+    assert "Traceback" not in shown.stdout + shown.stderr
+    assert shown.stdout.count("InvalidRequest: vllm:tiny answered 400") == 1
+    assert "spent: nothing" in shown.stdout
+    assert "sk-abc" not in shown.stdout + shown.stderr
+
+
+def test_when_all_models_fail_it_is_still_one_block(shell) -> None:
+    shown = run(shell, "%%llm -m deaf,deaf2\nhi")
+    assert isinstance(shown.error, AllModelsFailed)
+    assert shown.stdout.count("AllModelsFailed: none of the 2") == 1
+    assert "Traceback" not in shown.stdout + shown.stderr
+    assert shown.stderr == ""
+
+
+def test_python_code_gets_the_same_block(shell) -> None:
+    code = "import llmkit\nwith llmkit.Client() as client:\n    client.complete('hi', model='deaf,deaf2')"
+    shown = run(shell, code)
+    assert isinstance(shown.error, AllModelsFailed)
+    assert shown.stdout.startswith("AllModelsFailed: none of the 2")
+    assert shown.stderr == ""
+
+
+def test_long_messages_break_between_words(shell) -> None:
+    shown = run(shell, "%%llm -m deaf,deaf2\nhi").stdout
+    assert max(len(line) for line in shown.splitlines()) <= 100
+
+
+def test_the_traceback_is_shown_where_asked_for(shell, server) -> None:
+    server.next(refused(400, "bad key sk-abcdefghij0123456789 here"))
+    run(shell, "%config LLMMagics.traceback = True")
+    shown = run(shell, "%%llm\nhi")
+    assert "Traceback (most recent call last)" in shown.stdout
+    assert shown.stdout.rstrip().endswith("spent: nothing")
+    assert "sk-abc" not in shown.stdout
+
+
+def test_a_partial_answer_stays(shell, server) -> None:
+    server.next(said("The first half ", CUT))
+    shown = run(shell, "%%llm a <<\nhi")
+    assert isinstance(shown.error, StreamBroken)
+    assert shown.stdout.index("The first half") < shown.stdout.index("broken off") < shown.stdout.index("StreamBroken:")
+    assert shell.user_ns["a"].text == shell.user_ns["_"].text == "The first half "
+    assert shell.user_ns["a"].outcome.status == "failed"
+
+
+def test_somebody_elses_handler_of_errors_goes_on(bare, folder) -> None:
+    seen = []
+    bare.set_custom_exc((KeyError,), lambda shell, kind, error, tb, tb_offset=None: seen.append(kind))
+    run(bare, "%load_ext llmkit")
+    run(bare, "{}['x']")
+    run(bare, "%%llm --nonsense\nhi")
+    run(bare, "%unload_ext llmkit")
+    run(bare, "{}['x']")
+    assert seen == [KeyError, KeyError]
+    bare.set_custom_exc((), None)
+
+
+def test_the_help_of_the_cell_is_there(shell) -> None:
+    shown = run(shell, "print(get_ipython().find_cell_magic('llm').__doc__)").stdout
+    assert "--max-cost" in shown
+    assert "%%llm answer <<" in shown
