@@ -15,6 +15,7 @@ import asyncio
 import math
 import os
 import ssl
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -235,7 +236,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         for old in [other for other in self._sessions if other.is_closed()]:
             _forget(self._sessions.pop(old)[0])
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, ttl_dns_cache=60)
-        connector._factory = partial[ResponseHandler](_Handler, loop=loop)
+        connector._factory = partial(_Handler, loop=loop)  # type: ignore[assignment]  # partial is invariant
         session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -290,8 +291,13 @@ def _proxy_from_environment(url: URL) -> URL | None:
 
 
 def _forget(session: aiohttp.ClientSession) -> None:
-    """Let go of the session of a loop that is closed: its sockets went with the loop."""
+    """Let go of the session of a loop that does not run any more: its sockets went with the loop."""
+    connector = session.connector
     session.detach()
+    if connector is not None:
+        # On a closed loop there is nothing to wait for: the first step of the closing is the whole of it.
+        with suppress(StopIteration):
+            next(connector.close().__await__())
 
 
 def _not_sent(error: Exception) -> httpx.TransportError | None:

@@ -187,20 +187,19 @@ def _kind_of(complaint: Complaint, status: int) -> Any:
 
 
 def _special_kind(complaint: Complaint, status: int) -> type[LLMKitError] | None:
+    """What the words of a complaint tell beyond its status; the first that fits, the surest first."""
     kinds, text = complaint.kinds, complaint.message
-    if status == 402 or kinds & _QUOTA_CODES or _QUOTA_TEXT.search(text):
-        return QuotaExhausted
-    if kinds & _MODEL_CODES:
-        return ModelNotFound
-    if status in {401, 403} or kinds & _KEY_CODES:
-        return AuthenticationError
-    if status in {400, 413, 422} and (kinds & _CONTEXT_CODES or _CONTEXT_TEXT.search(text)):
-        return ContextTooLong
-    if kinds & _FILTER_CODES:
-        return Refused
-    if status == 404 or (status in {400, 422} and _MODEL_TEXT.search(text)):
-        return ModelNotFound
-    return AuthenticationError if status == 400 and _KEY_TEXT.search(text) else None
+    malformed = status in {400, 422}
+    told: tuple[tuple[object, type[LLMKitError]], ...] = (
+        (status == 402 or kinds & _QUOTA_CODES or _QUOTA_TEXT.search(text), QuotaExhausted),
+        (kinds & _MODEL_CODES, ModelNotFound),
+        (status in {401, 403} or kinds & _KEY_CODES, AuthenticationError),
+        ((malformed or status == 413) and (kinds & _CONTEXT_CODES or _CONTEXT_TEXT.search(text)), ContextTooLong),
+        (kinds & _FILTER_CODES, Refused),
+        (status == 404 or (malformed and _MODEL_TEXT.search(text)), ModelNotFound),
+        (malformed and _KEY_TEXT.search(text), AuthenticationError),
+    )
+    return next((kind for fits, kind in told if fits), None)
 
 
 _NUMBER = r"(\d[\d,_]{0,14})"

@@ -18,7 +18,9 @@ LONGEST_WAIT_S = 86_400.0
 
 _GO_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(h|ms|m|s|us|µs|μs|ns)")
 _GO_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}
-_ANTHROPIC_LIMITS = tuple(f"anthropic-ratelimit-{what}" for what in ("requests", "tokens", "input-tokens", "output-tokens"))
+_ANTHROPIC_LIMITS = tuple(
+    f"anthropic-ratelimit-{what}" for what in ("requests", "tokens", "input-tokens", "output-tokens")
+)
 _OPENAI_LIMITS = ("requests", "tokens")
 
 

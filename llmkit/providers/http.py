@@ -178,7 +178,9 @@ class Provider:
 
     def _aimed(self, endpoint: Endpoint) -> _Target:
         if endpoint.wire not in WIRES:
-            raise ConfigError(f"{endpoint.name}: there is no wire format {endpoint.wire!r}; there are {', '.join(WIRES)}")
+            raise ConfigError(
+                f"{endpoint.name}: there is no wire format {endpoint.wire!r}; there are {', '.join(WIRES)}"
+            )
         url = _url(endpoint)
         if self._offline and not endpoint.simulated and not is_loopback(endpoint.base_url):
             raise CallRejected(
@@ -203,7 +205,9 @@ class Provider:
             except _FOREIGN as error:
                 failure = _unsent(error, target, call.timeouts.connect)
             raise failure  # out here, so that it does not hold the foreign exception, which may hold the request
-        raise InvalidRequest(f"{endpoint.name}: the request cannot be sent: {why}", provider=endpoint.provider, model=endpoint.model)
+        raise InvalidRequest(
+            f"{endpoint.name}: the request cannot be sent: {why}", provider=endpoint.provider, model=endpoint.model
+        )
 
     async def _carried(self, call: Call, target: _Target, body: bytes) -> Exchange:
         connect = call.timeouts.connect
@@ -528,7 +532,7 @@ async def _through(
 def _is_fruitless(head: Head, chunks: list[Chunk]) -> bool:
     if head.refusal or head.finish_reason in _FILTERED:
         return True
-    return not head.tool_calls and not any([chunk.text for chunk in chunks])
+    return not head.tool_calls and not any(chunk.text for chunk in chunks)
 
 
 async def _judged(reply: Reply) -> None:

@@ -40,9 +40,10 @@ class EventReader:
         """The payloads of the events that ``data`` completes."""
         if self._fresh or self._skip_newline or b"\r" in data:
             data = self._normalised(data)
-        if data[:6] == b"data: " and data[-1:] == b"\n" and data.find(b"\n") == len(data) - 2 <= MAX_EVENT_BYTES:
-            if not self._line and not self._data:
-                return [data[6:-2]]  # one whole frame a read: what most reads are
+        # One whole frame a read is what most reads are.
+        whole = data[:6] == b"data: " and data[-1:] == b"\n" and data.find(b"\n") == len(data) - 2 <= MAX_EVENT_BYTES
+        if whole and not self._line and not self._data:
+            return [data[6:-2]]
         lines = data.split(b"\n")
         rest = lines.pop()
         if lines and self._line:

@@ -9,16 +9,27 @@ import json
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmkit.reply import Chunk
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llmkit.call import Call
     from llmkit.endpoint import Endpoint
-    from llmkit.reply import Head
+    from llmkit.reply import Chunk, Head
 
-__all__ = ["MAX_TOOL_CALLS", "Decoder", "ErrorInside", "Malformed", "Signal", "ToolCalls", "Wire", "amount", "encoded", "merged", "parsed", "text_in"]
+__all__ = [
+    "MAX_TOOL_CALLS",
+    "Decoder",
+    "ErrorInside",
+    "Malformed",
+    "Signal",
+    "ToolCalls",
+    "Wire",
+    "amount",
+    "encoded",
+    "merged",
+    "parsed",
+    "text_in",
+]
 
 
 MAX_TOOL_CALLS = 128

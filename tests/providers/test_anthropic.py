@@ -72,7 +72,12 @@ def test_the_least_request() -> None:
 
 def test_the_whole_request() -> None:
     params = Params(temperature=0.0, top_p=0.5, max_tokens=7, seed=1, stop=("END",), extra={"top_k": 3})
-    prompt = [Message("system", "be kind"), Message("developer", "be brief"), Message("user", "hi"), Message("assistant", "ho")]
+    prompt = [
+        Message("system", "be kind"),
+        Message("developer", "be brief"),
+        Message("user", "hi"),
+        Message("assistant", "ho"),
+    ]
     assert asked(prompt, params=params, stream=True).sent == {
         "model": "m-1",
         "max_tokens": 7,
@@ -113,7 +118,12 @@ def test_what_the_format_cannot_say_is_refused(message) -> None:
 
 def test_a_stream() -> None:
     reply = ask(events(START, PING, delta("hel"), delta("lo"), {"type": "content_block_stop", "index": 0}))
-    assert (reply.text, reply.finish_reason, reply.model, reply.head.provider_request_id) == ("hello", "stop", "claude-x-1", "msg_1")
+    assert (reply.text, reply.finish_reason, reply.model, reply.head.provider_request_id) == (
+        "hello",
+        "stop",
+        "claude-x-1",
+        "msg_1",
+    )
     assert reply.head.usage == Usage(3, 2)
 
 
@@ -167,14 +177,20 @@ def test_why_it_stopped(stop, reason) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_refusal(stream) -> None:
-    body = events(stop="refusal") if stream else json.dumps({**whole(), "content": [], "stop_reason": "refusal"}).encode()
+    body = (
+        events(stop="refusal") if stream else json.dumps({**whole(), "content": [], "stop_reason": "refusal"}).encode()
+    )
     error = failure(body, stream=stream)
     assert type(error) is Refused
     assert error.usage.input_tokens == 3
 
 
 def test_tool_use() -> None:
-    start = {"type": "content_block_start", "index": 1, "content_block": {"type": "tool_use", "id": "t", "name": "add", "input": {}}}
+    start = {
+        "type": "content_block_start",
+        "index": 1,
+        "content_block": {"type": "tool_use", "id": "t", "name": "add", "input": {}},
+    }
     pieces = [delta(text, "input_json_delta", "partial_json", 1) for text in ['{"a"', ":1}"]]
     expected = [{"id": "t", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}]
     reply = ask(events(start, *pieces, stop="tool_use"))
@@ -213,12 +229,27 @@ WRONG = [7, "x", None, [], {}, [7], {"type": 7}, True]
 @pytest.mark.parametrize("value", WRONG, ids=repr)
 def test_no_field_of_a_wrong_type_can_hurt(value) -> None:
     documents = [value, {"type": value}]
-    for sample in (START, delta("a"), delta("a", "thinking_delta", "thinking"), delta("a", "input_json_delta", "partial_json")):
+    for sample in (
+        START,
+        delta("a"),
+        delta("a", "thinking_delta", "thinking"),
+        delta("a", "input_json_delta", "partial_json"),
+    ):
         documents += [{**sample, name: value} for name in ("delta", "content_block", "index")]
     documents += [{**sample, "delta": {"type": "text_delta", "text": value}} for sample in (delta("a"),)]
-    documents += [{"type": "message_start", "message": value}, {"type": "message_delta", "delta": value, "usage": value}]
-    documents += [{"type": "content_block_start", "content_block": {"type": "tool_use", "id": value, "name": value, "input": value}}]
-    documents += [{**whole(), name: value} for name in ("content", "usage", "model", "id", "stop_reason", "type", "error")]
+    documents += [
+        {"type": "message_start", "message": value},
+        {"type": "message_delta", "delta": value, "usage": value},
+    ]
+    documents += [
+        {
+            "type": "content_block_start",
+            "content_block": {"type": "tool_use", "id": value, "name": value, "input": value},
+        }
+    ]
+    documents += [
+        {**whole(), name: value} for name in ("content", "usage", "model", "id", "stop_reason", "type", "error")
+    ]
     for document in documents:
         payload = json.dumps(document).encode()
         for read in (lambda d, p=payload: d.event(p), lambda d, p=payload: d.whole(json.loads(p))):

@@ -207,7 +207,9 @@ def test_no_field_of_a_wrong_type_can_hurt(name, value) -> None:
 
 
 @pytest.mark.parametrize("name", ["content", "tool_calls", "refusal", "reasoning", "role"])
-@pytest.mark.parametrize("value", [*WRONG, [{"index": {}, "function": 7, "id": []}], [{"function": {"name": 1, "arguments": []}}]], ids=repr)
+@pytest.mark.parametrize(
+    "value", [*WRONG, [{"index": {}, "function": 7, "id": []}], [{"function": {"name": 1, "arguments": []}}]], ids=repr
+)
 def test_no_part_of_a_message_of_a_wrong_type_can_hurt(name, value) -> None:
     for inner in ("message", "delta"):
         only_our_own({"choices": [{"index": 0, inner: {name: value}, "finish_reason": value}]})
