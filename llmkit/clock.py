@@ -67,25 +67,26 @@ class SystemClock:
 async def within(clock: Clock, seconds: float, waiting: Awaitable[T], error: Callable[[], BaseException]) -> T:
     """Await ``waiting``; when ``seconds`` run out first, cancel it and raise ``error()``.
 
-    `asyncio.timeout` on our own clock: a cancellation from outside stays a cancellation.
+    `asyncio.timeout` on our own clock: a cancellation from outside stays a cancellation. The one from here carries
+    the error, so that what is cancelled can tell the two apart.
     """
     task = asyncio.current_task()
     if task is None:
         raise RuntimeError("within() needs a running task")
     before = task.cancelling()
-    expired = False
+    expired: BaseException | None = None
 
     def expire() -> None:
         nonlocal expired
-        expired = True
-        task.cancel()
+        expired = error()
+        task.cancel(expired)
 
     timer = clock.call_later(seconds, expire)
     try:
         return await waiting
     except asyncio.CancelledError:
-        if expired and task.uncancel() <= before:
-            raise error() from None
+        if expired is not None and task.uncancel() <= before:
+            raise expired from None
         raise
     finally:
         timer.cancel()

@@ -147,6 +147,7 @@ class Reply:
         self._batches = source
         self._close = close
         self._chunks: list[Chunk] = first or []
+        self._arrived: list[Chunk] | None = None
         self._hooks: list[Callable[[Outcome], Awaitable[None]]] = []
         self._reader: asyncio.Task[Any] | None = None
         self._waiters: list[asyncio.Future[None]] = []
@@ -251,11 +252,26 @@ class Reply:
     def through(self, transform: Callable[[AsyncIterator[list[Chunk]]], AsyncIterator[list[Chunk]]]) -> Reply:
         """Let ``transform`` see, change, hold back or end what is still to come, batch by batch.
 
-        What had arrived before (the first token) goes through it as well.
+        What had arrived before (the first token) goes through it as well. What comes out is what readers see; what
+        went in is what is paid for (`arrived`).
         """
         first, self._chunks = self._chunks, []
+        if self._arrived is None:
+            self._arrived = list(first)
+            self._batches = self._noted(self._batches)
         self._batches = transform(_prepend(first, self._batches) if first else self._batches)
         return self
+
+    async def _noted(self, batches: AsyncIterator[list[Chunk]]) -> AsyncIterator[list[Chunk]]:
+        assert self._arrived is not None
+        async for batch in batches:
+            self._arrived += batch
+            yield batch
+
+    @property
+    def arrived(self) -> list[Chunk]:
+        """What the provider has sent so far, whatever became of it on its way up."""
+        return self._chunks if self._arrived is None else self._arrived
 
     def watched(self, watch: Callable[[AsyncIterator[list[Chunk]]], AsyncIterator[list[Chunk]]]) -> Reply:
         """Let ``watch`` stand round every wait for more, without seeing what had arrived before."""
@@ -318,10 +334,10 @@ class Reply:
         if head.refusal or head.finish_reason in {"content_filter", "refusal"}:
             reason = head.refusal or "stopped by the provider's content filter"
             return Refused(f"{self.provider}:{self.model} refused: {reason}", reason=reason, **fields)
-        if head.tool_calls or any(chunk.text for chunk in self._chunks):
+        if head.tool_calls or any(chunk.text for chunk in self.arrived):
             return None
         reasoning = head.usage.reasoning_tokens if head.usage else None
-        if head.finish_reason == "length" or reasoning or any(chunk.reasoning for chunk in self._chunks):
+        if head.finish_reason == "length" or reasoning or any(chunk.reasoning for chunk in self.arrived):
             spent = f"{reasoning} tokens" if reasoning else "the tokens"
             message = f"{self.provider}:{self.model} returned no text: {spent} went into reasoning"
             if head.finish_reason == "length":
@@ -444,7 +460,11 @@ async def settled(waiting: Awaitable[Reply], hook: Callable[[Outcome], Awaitable
     try:
         reply = await waiting
     except asyncio.CancelledError as error:
-        await shielded(_run(hook, Outcome("aborted", error)))
+        # A time limit above cancels with the error that it will raise: for a layer below, that is how it ended.
+        cause = error.args[0] if error.args else None
+        await shielded(
+            _run(hook, Outcome("failed", cause) if isinstance(cause, LLMKitError) else Outcome("aborted", error))
+        )
         raise
     except BaseException as error:
         await shielded(_run(hook, Outcome("failed", error)))

@@ -7,6 +7,7 @@ import collections
 import gc
 import itertools
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,7 +21,7 @@ from llmkit.ledger import Ledger
 from llmkit.pipeline import Pipeline
 from llmkit.providers.http import Provider
 from llmkit.reply import Reply
-from llmkit.testing import FakeClock, Fault, Simulator
+from llmkit.testing import FakeClock, Fault, Received, Simulator
 
 CALLS, AT_ONCE = 2_000, 64
 
@@ -122,6 +123,15 @@ class Chaos:
         return list(itertools.chain.from_iterable(self.ledger.attempts(c["request_id"]) for c in self.ledger.calls()))
 
 
+    def pairs(self, simulator: Simulator) -> Iterator[tuple[Received, dict]]:
+        """Each request that arrived with the attempt that sent it."""
+        requests: dict[str, list[Received]] = collections.defaultdict(list)
+        for request in simulator.requests:
+            requests[request.headers["idempotency-key"]].append(request)
+        for request_id, received in requests.items():
+            yield from zip(received, self.ledger.attempts(request_id), strict=True)
+
+
 async def nothing_is_left(before: int) -> None:
     gc.collect()
     for _ in range(200):
@@ -140,7 +150,7 @@ def open_files() -> int:
 def test_every_call_ends_and_the_books_balance(tmp_path, wire: str) -> None:
     async def main() -> None:
         clock = FakeClock()
-        simulator = Simulator(clock=clock)
+        simulator = Simulator(clock=clock, keep=10 * CALLS)
         simulator.fail_rate(0.2, [*FAULTS, *WAITING], seed=7)
         chaos = Chaos(simulator, clock, tmp_path, wire, None)
         before = open_files()
@@ -155,9 +165,17 @@ def test_every_call_ends_and_the_books_balance(tmp_path, wire: str) -> None:
         assert not [call for call in calls if call["status"] == "in_flight"]
         assert len(attempts) == simulator.calls == sum(call["attempts"] for call in calls)
         assert simulator.open == 0
-        booked = [sum(a[kind] or 0 for a in attempts) for kind in ("input_tokens", "output_tokens", "reasoning_tokens")]
-        billed = simulator.billed
-        assert booked == [billed.input_tokens, billed.output_tokens, billed.reasoning_tokens]
+        unknown = 0
+        for request, attempt in chaos.pairs(simulator):
+            if attempt["output_tokens"] is None and attempt["maybe_billed"]:
+                # A whole answer that was lost on its way: nobody here can know what it cost, and the row says so.
+                assert attempt["status"] == "failed"
+                unknown += 1
+                continue
+            booked = [attempt[kind] or 0 for kind in ("input_tokens", "output_tokens", "reasoning_tokens")]
+            billed = request.billed
+            assert booked == [billed.input_tokens, billed.output_tokens, billed.reasoning_tokens], (request, attempt)
+        assert 0 < unknown < CALLS * 0.1
         chaos.ledger.close()
         await nothing_is_left(before)
 
@@ -166,7 +184,7 @@ def test_every_call_ends_and_the_books_balance(tmp_path, wire: str) -> None:
 
 @pytest.mark.parametrize("wire", ["openai", "anthropic"])
 def test_the_same_over_real_sockets(tmp_path, wire: str) -> None:
-    simulator = Simulator()
+    simulator = Simulator(keep=10 * CALLS)
     simulator.fail_rate(0.2, [*FAULTS, Fault.hang(), Fault.stall(3)], seed=11)
 
     async def main(url: str) -> Chaos:
@@ -185,9 +203,11 @@ def test_the_same_over_real_sockets(tmp_path, wire: str) -> None:
     attempts = chaos.attempts()
     assert len(attempts) == simulator.calls
     # What was on its way when a connection broke is known to one side only, so tokens are compared on whole replies.
-    whole = {id(request): request for request in simulator.requests}
-    assert whole
-    assert all(a["output_tokens"] for a in attempts if a["status"] == "complete")
+    whole = [(request, attempt) for request, attempt in chaos.pairs(simulator) if not attempt["maybe_billed"]]
+    assert len(whole) > CALLS * 0.85
+    for request, attempt in whole:
+        if not attempt["estimated"]:
+            assert (attempt["output_tokens"] or 0) == request.billed.output_tokens, (request, attempt)
 
 
 def test_a_report_that_lies_harms_nobody(tmp_path) -> None:

@@ -51,8 +51,7 @@ class Budget:
         reply = await call_next(call)
         if not reply.call.stream:
             return reply
-        cutter = _Cutter(reply, call, allowance)
-        return reply.through(cutter.cut)
+        return reply.watched(_Cutter(reply, call, allowance).cut)
 
     async def _allowance(self, call: Call) -> _Allowance | None:
         """How much output this attempt may produce; None where nothing limits it.
@@ -160,17 +159,21 @@ class _Cutter:
         self._chunks = 0
 
     async def cut(self, batches: AsyncIterator[list[Chunk]]) -> AsyncIterator[list[Chunk]]:
+        self._note(self._reply.arrived)
         async for batch in batches:
             yield batch
-            for chunk in batch:
-                self._pending.append(chunk.reasoning)
-                self._pending.append(chunk.text)
-                self._pending_bytes += len(chunk.text.encode("utf-8", "replace"))
-                self._pending_bytes += len(chunk.reasoning.encode("utf-8", "replace"))
-            self._chunks += len(batch)
+            self._note(batch)
             if self._counted + self._pending_bytes > self._allowance.tokens and await self._reached():
                 self._reply.cut = self._allowance.cap
                 return
+
+    def _note(self, batch: list[Chunk]) -> None:
+        for chunk in batch:
+            self._pending.append(chunk.reasoning)
+            self._pending.append(chunk.text)
+            self._pending_bytes += len(chunk.text.encode("utf-8", "replace"))
+            self._pending_bytes += len(chunk.reasoning.encode("utf-8", "replace"))
+        self._chunks += len(batch)
 
     async def _reached(self) -> bool:
         count = await tokens.count(self._endpoint, "".join(self._pending))

@@ -93,7 +93,9 @@ class Meter:
         usage = reply.head.usage
         # Usage on a running stream counts what had been sent by then: of a stream that was broken off it is the floor.
         if usage is None or outcome.status != "complete":
-            counted = await tokens.counted(call.endpoint, call.messages, reply.text, reply.reasoning)
+            text = "".join([chunk.text for chunk in reply.arrived])
+            reasoning = "".join([chunk.reasoning for chunk in reply.arrived])
+            counted = await tokens.counted(call.endpoint, call.messages, text, reasoning)
             usage = counted if usage is None else _larger(usage, counted)
         reply.usage = usage
         return usage

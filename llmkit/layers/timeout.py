@@ -61,7 +61,7 @@ class _Watch:
         self._limit = 0.0
         self._task: asyncio.Task[Any] | None = None
         self._timer: tuple[float, TimerHandle] | None = None
-        self._expired = False
+        self._expired: ProviderTimeout | None = None
         self._source: AsyncIterator[list[Chunk]] | None = None
         self.reply: Reply | None = None
 
@@ -85,8 +85,8 @@ class _Watch:
         try:
             return await waiting
         except asyncio.CancelledError:
-            if self._expired and task.uncancel() <= before:
-                raise self._error() from None
+            if self._expired is not None and task.uncancel() <= before:
+                raise self._expired from None
             raise
         finally:
             self._task = None
@@ -115,8 +115,8 @@ class _Watch:
         if self._clock.now() < self._due - 1e-6:
             self._set(self._due)
         elif self._task is not None:
-            self._expired = True
-            self._task.cancel()
+            self._expired = self._error()
+            self._task.cancel(self._expired)
         elif self.reply is not None and self.reply.outcome is None:
             # The reader is busy elsewhere while the deadline passes: free the connection all the same.
             self._kind, self._limit = TotalTimeout, self._call.timeouts.total or 0.0
