@@ -229,7 +229,7 @@ class Provider:
         if self._simulator is None:
             from llmkit.testing import Simulator
 
-            self._simulator = Simulator()
+            self._simulator = Simulator(clock=self._clock)
         return self._simulator
 
     def _own(self) -> AiohttpTransport:

@@ -622,3 +622,52 @@ def test_the_parameters_of_the_call_arrive() -> None:
     assert b"Accept-Encoding: identity" in head
     assert head.lower().count(b"content-type:") == head.lower().count(b"user-agent:") == 1
     assert json.loads(body)["max_tokens"] == 5
+
+
+def streamed_twice(respond):
+    """Two streamed calls, one after the other: their texts, and how many connections they took."""
+
+    async def main():
+        async with server(respond) as seen:
+            one = provider()
+            texts = []
+            for _ in range(2):
+                reply = await one(call(endpoint(base_url=seen.base_url), stream=True))
+                texts.append(await asyncio.wait_for(reply.read(), 5))
+            await one.aclose()
+            return texts, seen.connections
+
+    return asyncio.run(main())
+
+
+def test_a_stream_that_has_said_all_leaves_its_connection_to_the_next() -> None:
+    async def respond(_, writer):
+        writer.write(CHUNKED + chunk(GOOD))
+        await asyncio.sleep(0.002)
+        writer.write(b"0\r\n\r\n")
+
+    assert streamed_twice(respond) == (["héllo 世界"] * 2, 1)
+
+
+def test_a_server_that_never_ends_its_stream_holds_nobody_up() -> None:
+    async def respond(_, writer):
+        writer.write(CHUNKED + chunk(GOOD))
+
+    assert streamed_twice(respond) == (["héllo 世界"] * 2, 2)
+
+
+@pytest.mark.parametrize("wire", ["openai", "anthropic"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_embedded_simulator_answers_in_both_formats(wire, stream) -> None:
+    async def main():
+        one = provider(key=None, offline=True)
+        reply = await one(call(endpoint(wire, simulated=True, base_url="http://simulator.test/v1"), stream=stream))
+        await reply.read()
+        await one.aclose()
+        return reply
+
+    reply = asyncio.run(main())
+    assert reply.text
+    assert reply.source == "simulated"
+    assert reply.head.usage.output_tokens > 0
+    assert reply.finish_reason == "stop"
