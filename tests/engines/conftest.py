@@ -32,7 +32,9 @@ class Engine:
     def asked(self, prompt: str, **fields):
         """Its answer, without llmkit in between."""
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], **fields}
-        request = Request(f"{self.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = Request(
+            f"{self.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         with urlopen(request, timeout=60) as response:
             return json.load(response)
 

@@ -16,8 +16,9 @@ from tests.engines.conftest import WINDOW
 pytestmark = pytest.mark.engine
 
 PROMPT = "Say hello in three words."
+BROKEN = "\ufffd"
 GREEDY = {"temperature": 0, "max_tokens": 24}
-ENDLESS = {"max_tokens": WINDOW - 96, "extra": {"ignore_eos": True}}  # as long as the window allows
+ENDLESS = {"max_tokens": WINDOW - 96}  # the tiny model never ends by itself
 
 
 def test_an_answer_and_its_tokens_are_the_engines_own(client, engine) -> None:
@@ -39,7 +40,10 @@ def test_a_stream_says_the_same_in_pieces(client) -> None:
     with client.stream(PROMPT, **GREEDY) as reply:
         pieces = [chunk.text for chunk in reply]
     assert len(pieces) > 1
-    assert "".join(pieces) == reply.text == whole.text
+    assert "".join(pieces) == reply.text
+    assert reply.text.rstrip(BROKEN) == whole.text.rstrip(
+        BROKEN
+    )  # some engines stream no character that is cut in half
     assert reply.usage == whole.usage
     assert reply.finish_reason == whole.finish_reason
     assert 0 < reply.time_to_first_token_s < reply.latency_s
@@ -59,7 +63,8 @@ def test_limits_of_the_answer_arrive(client) -> None:
     stop = next(letter for letter in free if letter not in free[:8] and letter.isalpha())
     cut = client.complete(PROMPT, max_tokens=60, temperature=0, stop=stop)
     assert cut.finish_reason == "stop"
-    assert cut.text.rstrip(stop) == free[: free.index(stop)]  # some engines leave the stop text in
+    assert cut.usage.output_tokens < 60
+    assert cut.text.startswith(free[: free.index(stop)])  # some engines leave in the token that has the stop text
 
 
 def test_a_seed_repeats_an_answer(client, vllm) -> None:
@@ -174,7 +179,9 @@ def test_the_engine_stops_when_nobody_waits_for_a_whole_answer(folder, vllm) -> 
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.4):
                         await client.complete(PROMPT, **ENDLESS)
-                await asyncio.sleep(0)  # the loop closes sockets at its next turn; looking at the engine would hold it up
+                await asyncio.sleep(
+                    0
+                )  # the loop closes sockets at its next turn; looking at the engine would hold it up
             return client.calls().iloc[-1]
 
     assert asyncio.run(scenario()).status == "aborted"

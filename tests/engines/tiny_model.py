@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEED = 7
 VOCABULARY = 512
+SHARPNESS = 14  # as initialised, every token would be as likely as any other, the end included
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 CHAT_TEMPLATE = (
     "{{ '<|begin|>' }}{% for message in messages %}"
@@ -70,7 +71,7 @@ def trained_tokenizer(window: int) -> PreTrainedTokenizerFast:
 
 
 def random_model(tokenizer: PreTrainedTokenizerFast, window: int) -> LlamaForCausalLM:
-    """Two layers of random weights, the same in every run."""
+    """Two layers of random weights, the same in every run. It goes on until a limit or a stop text ends it."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -84,7 +85,11 @@ def random_model(tokenizer: PreTrainedTokenizerFast, window: int) -> LlamaForCau
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(SHARPNESS)
+        model.lm_head.weight[tokenizer.eos_token_id] = 0  # far below what the others reach
+    return model
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from llmkit.errors import (
     ModelNotFound,
     ProviderOverloaded,
     ProviderRateLimited,
+    StreamBroken,
 )
 from llmkit.providers.http import Provider
 from llmkit.reply import Usage
@@ -90,7 +91,7 @@ ANSWERS = {
     ("vllm", "complete"): ("length", "tiny", Usage(13, 12)),
     ("vllm", "stream"): ("length", "tiny", Usage(13, 12)),
     ("vllm", "stream_without_usage"): ("length", "tiny", None),
-    ("vllm", "stop"): ("stop", "tiny", Usage(13, 20)),
+    ("vllm", "stop"): ("stop", "tiny", Usage(13, 3)),
     ("vllm", "messages_complete"): ("length", "tiny", Usage(13, 12)),
     ("vllm", "messages_stream"): ("length", "tiny", Usage(13, 12)),
     ("transformers", "complete"): ("length", "tiny@main", Usage(13, 12)),
@@ -103,8 +104,7 @@ ANSWERS = {
     ("litellm", "messages_complete"): ("stop", "tiny", Usage(2095, 503)),
     ("litellm", "messages_stream"): ("stop", "tiny", Usage(2095, 503)),  # one document, though a stream was asked for
     # It cuts no prompt, refuses no picture and no temperature below nought: there is nothing to see for a client.
-    ("transformers", "overflow"): ("length", "tiny@main", Usage(1808, 12)),
-    ("transformers", "overflow_tokens"): ("length", "tiny@main", Usage(1207, 12)),
+    ("transformers", "overflow_tokens"): ("length", "tiny@main", Usage(6007, 12)),
     ("transformers", "image"): ("length", "tiny@main", Usage(7, 12)),
     ("transformers", "bad_value"): ("length", "tiny@main", Usage(13, 12)),
 }
@@ -131,6 +131,8 @@ ERRORS = {
     ("vllm", "empty_messages"): (InvalidRequest, 400, "empty conversation"),
     ("vllm", "image"): (InvalidRequest, 400, "not a multimodal model"),
     ("vllm", "not_json"): (InvalidRequest, 400, "JSON decode error"),
+    ("vllm", "wrong_key_complete"): (AuthenticationError, 401, "Unauthorized"),
+    ("vllm", "no_key_complete"): (AuthenticationError, 401, "Unauthorized"),
     ("transformers", "unknown_model"): (ModelNotFound, 400, "requested 'no-such-model'"),
     ("transformers", "no_such_path"): (ModelNotFound, 404, "Not Found"),
     ("transformers", "not_json"): (InvalidRequest, 422, "JSON decode error"),
@@ -179,6 +181,14 @@ def test_a_context_too_long_has_its_numbers(engine, case) -> None:
     assert (caught.value.tokens, caught.value.window) == OVERFLOWS[engine, case]
 
 
+@pytest.mark.parametrize("size", [None, 1, 7], ids=["whole", "bytes", "sevens"])
+def test_an_engine_that_dies_in_the_middle_leaves_what_it_said(size) -> None:
+    with pytest.raises(StreamBroken, match="EngineCore encountered an issue") as caught:
+        asked("vllm", "engine_died_stream", size)
+    assert caught.value.text_so_far == said("vllm", "engine_died_stream") != ""
+    assert caught.value.reply.outcome.status == "failed"
+
+
 def test_every_recording_is_read() -> None:
     recorded = {(path.parent.name, path.stem) for path in FIXTURES.rglob("*.http")}
-    assert recorded == {*ANSWERS, *ERRORS, *OVERFLOWS}
+    assert recorded == {*ANSWERS, *ERRORS, *OVERFLOWS, ("vllm", "engine_died_stream")}
