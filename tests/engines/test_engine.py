@@ -157,10 +157,9 @@ def test_the_engine_stops_at_an_interrupt(warm, vllm) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with cut_short(vllm):
-        with pytest.raises(KeyboardInterrupt), warm.stream(PROMPT, **ENDLESS) as reply:
-            for _ in reply:
-                begun.set()
+    with cut_short(vllm), pytest.raises(KeyboardInterrupt), warm.stream(PROMPT, **ENDLESS) as reply:
+        for _ in reply:
+            begun.set()
     assert reply.outcome.status == "aborted"
     assert warm.calls().iloc[-1].status == "aborted"
 
