@@ -137,37 +137,44 @@ def _text(content: Any) -> str:
 
 def _read(body: dict[str, Any], *, system: str, limit: Any, stop: Any, schema: Any, include_usage: bool) -> Ask:
     """What both formats have in common."""
-    model, messages = body.get("model"), body.get("messages")
+    _check(body, limit)
+    model, messages = body["model"], body["messages"]
+    texts = [_text(message.get("content")) for message in messages]
+    asked = [text for text, message in zip(texts, messages, strict=True) if message["role"] == "user"]
+    chosen = {name: body.get(name) for name in ("model", "temperature", "top_p", "seed", "random_seed")}
+    said = [(message["role"], message.get("content")) for message in messages]
+    return Ask(
+        model=model,
+        prompt=(asked or texts)[-1],
+        fingerprint=dumps([chosen, system, said, schema]),
+        input_tokens=simulated_tokens(system) + sum(map(simulated_tokens, texts)),
+        max_tokens=limit,
+        stop=_stops(stop),
+        stream=body.get("stream") is True,
+        include_usage=include_usage,
+        schema=schema,
+    )
+
+
+def _check(body: dict[str, Any], limit: Any) -> None:
+    model, messages, temperature = body.get("model"), body.get("messages"), body.get("temperature")
     if not isinstance(model, str) or not model:
-        raise Rejected("you must provide a model parameter")
+        raise Rejected("model: you must provide one")
     if not isinstance(messages, list) or not messages:
         raise Rejected("messages: at least one message is required")
     if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
         raise Rejected("messages: each must be an object with a role and content")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise Rejected(f"max_tokens: must be a whole number of at least 1, not {json.dumps(limit)[:40]}")
-    temperature = body.get("temperature")
     if temperature is not None and (type(temperature) not in {int, float} or not 0 <= temperature <= 2):
         raise Rejected(f"temperature: must be between 0 and 2, not {json.dumps(temperature)[:40]}")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if not all(isinstance(each, str) for each in stops):
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(stops, list) or not all(isinstance(each, str) for each in stops):
         raise Rejected("stop: must be a string or a list of strings")
-    texts = [_text(message.get("content")) for message in messages]
-    asked = [text for text, message in zip(texts, messages, strict=True) if message["role"] == "user"]
-    chosen = {name: body.get(name) for name in ("model", "temperature", "top_p", "seed", "random_seed")}
-    return Ask(
-        model=model,
-        prompt=(asked or texts)[-1],
-        fingerprint=dumps(
-            [chosen, system, [(message["role"], message.get("content")) for message in messages], schema]
-        ),
-        input_tokens=simulated_tokens(system) + sum(map(simulated_tokens, texts)),
-        max_tokens=limit,
-        stop=tuple(each for each in stops if each),
-        stream=body.get("stream") is True,
-        include_usage=include_usage,
-        schema=schema,
-    )
+    return tuple(each for each in stops if each)
 
 
 # -- OpenAI ----------------------------------------------------------------------------------------------------------
