@@ -222,7 +222,6 @@ class Ledger:
             entry.refused = True
         else:
             self._fall_back(error)
-            entry.store = None
 
     def _write_soon(self, entry: _Entry, length: int) -> None:
         """Write what an attempt left, if nothing came after it that took it along."""

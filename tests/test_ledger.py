@@ -312,6 +312,39 @@ def test_a_request_id_is_used_once(ledger):
     assert not ledger._open_calls
 
 
+def test_a_call_that_was_never_sent_cannot_take_anothers_place(ledger):
+    asyncio.run(completed(ledger, new_call()))
+    asyncio.run(
+        ledger.call_ended(new_call(), Outcome("failed", CircuitOpen("x", endpoint="e", state="open", retry_after=1.0)))
+    )
+    assert [row["status"] for row in ledger.calls()] == ["complete"]
+    assert ledger.notice is None
+
+
+def test_a_row_that_ended_is_not_hidden_by_a_later_one_with_its_request_id(ledger):
+    asyncio.run(completed(ledger, new_call()))
+    ledger.call_began(new_call())
+    assert [row["status"] for row in ledger.calls()] == ["complete"]
+
+
+def test_of_two_in_flight_with_one_request_id_the_first_is_kept(ledger):
+    async def scenario():
+        first, second = new_call(), new_call()
+        ledger.call_began(first)
+        await ledger.attempt_began(first, 1, ENDPOINT, 1.0)
+        ledger.call_began(second)
+        assert [row["status"] for row in ledger.calls()] == ["in_flight"]
+        ledger.attempt_ended(second, new_attempt(status="failed"))
+        await asyncio.sleep(0)  # written by itself, and refused
+        await ledger.call_ended(second, Outcome("failed", ProviderOverloaded("x")))
+        assert [row["status"] for row in ledger.attempts("a")] == ["in_flight"]
+        await ledger.call_ended(first, Outcome("complete", None, Answer()))
+
+    asyncio.run(scenario())
+    assert [row["status"] for row in ledger.calls()] == ["complete"]
+    assert ledger.notice is None
+
+
 def test_a_busy_file_does_not_stop_the_event_loop(on_disk, path):
     on_disk.calls()
     holder = sqlite3.connect(path, isolation_level=None)
@@ -545,6 +578,16 @@ def break_store(monkeypatch):
     monkeypatch.setattr(SQLiteStore, "_transact", fail)
 
 
+def test_a_store_that_cannot_even_be_read_leaves_what_is_in_memory(on_disk, path, monkeypatch):
+    asyncio.run(completed(on_disk, new_call("before")))
+    break_store(monkeypatch)
+    asyncio.run(completed(on_disk, new_call()))
+    assert [row["request_id"] for row in on_disk.calls()] == ["a", "before"]
+    for each in path.parent.iterdir():
+        each.unlink()
+    assert [row["request_id"] for row in on_disk.calls()] == ["a"]
+
+
 def test_a_lock_that_is_never_released_ends_in_memory(tmp_path):
     store = SQLiteStore(tmp_path / "ledger.sqlite3", patience_s=0.05)
     ledger = Ledger(store=store)
@@ -568,6 +611,31 @@ def test_a_lock_that_is_never_released_ends_in_memory(tmp_path):
     assert {row["request_id"]: row["status"] for row in ledger.calls()} == {"cancelled": "aborted", "b": "complete"}
     assert len(ledger.attempts("cancelled")) == 1
     holder.execute("ROLLBACK")
+    holder.close()
+    ledger.close()
+
+
+def test_a_beginning_that_failed_after_nobody_waited_for_it_is_not_lost(tmp_path):
+    store = SQLiteStore(tmp_path / "ledger.sqlite3", patience_s=0.02)
+    ledger = Ledger(store=store)
+    ledger.calls()
+    holder = sqlite3.connect(tmp_path / "ledger.sqlite3", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+
+    async def scenario():
+        call = new_call()
+        ledger.call_began(call)
+        beginning = asyncio.create_task(ledger.attempt_began(call, 1, ENDPOINT, 1.0))
+        await asyncio.sleep(0)
+        beginning.cancel()
+        await asyncio.gather(beginning, return_exceptions=True)
+        await asyncio.to_thread(store.close)  # what waited has failed by then
+        holder.execute("ROLLBACK")
+        await ledger.call_ended(call, Outcome("aborted", asyncio.CancelledError()))
+
+    asyncio.run(scenario())
+    assert [row["status"] for row in ledger.calls()] == ["aborted"]
+    assert len(ledger.attempts("a")) == 1
     holder.close()
     ledger.close()
 

@@ -248,6 +248,27 @@ def test_a_busy_file_is_waited_for_on_another_thread_in_order(store, path):
     assert store.commit(begun("c")) is None  # what is free again is written at once
 
 
+def test_nothing_overtakes_what_waits_even_when_the_file_is_free(store, path, monkeypatch):
+    pausing, go_on = threading.Event(), threading.Event()
+
+    def pause():
+        pausing.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr("llmkit.state.sqlite._pause", pause)
+    holder = locked(path)
+    first = store.commit(begun("a"))
+    assert pausing.wait(10)
+    holder.execute("ROLLBACK")
+    holder.close()
+    second = store.commit(ended("a"))
+    go_on.set()
+    first.result(10)
+    assert second is not None
+    second.result(10)
+    assert store.calls()[0]["status"] == "complete"
+
+
 def test_one_that_spoils_a_shared_transaction_fails_alone(store, path):
     store.commit(begun("a"))
     holder = locked(path)
@@ -415,6 +436,9 @@ FORKER = """
     for child in range(3):
         pid = os.fork()
         if pid == 0:
+            if sys.platform == "linux":
+                files = [os.readlink(f"/proc/self/fd/{fd}") for fd in range(100) if os.path.exists(f"/proc/self/fd/{fd}")]
+                assert not any("ledger" in file for file in files), files
             for number in range(50):
                 write(f"child {child} {number}")
             store.close()
