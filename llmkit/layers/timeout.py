@@ -100,12 +100,17 @@ class _Watch:
         if deadline is not None and (due is None or deadline <= due):
             due, kind, limit = deadline, TotalTimeout, self._call.timeouts.total
         self._due, self._kind, self._limit = due, kind, limit or 0.0
-        if due is not None and (self._timer is None or due < self._timer[0]):
+        if due is None:
+            return
+        if self._timer is None:
+            idle = self._call.timeouts.idle
+            # Set for the nearest limit there is: fired early, it only looks and is set anew.
+            self._set(due if idle is None else min(due, self._clock.now() + idle))
+        elif due < self._timer[0]:
+            self._timer[1].cancel()
             self._set(due)
 
     def _set(self, due: float) -> None:
-        if self._timer is not None:
-            self._timer[1].cancel()
         self._timer = (due, self._clock.call_later(max(0.0, due - self._clock.now()), self._fire))
 
     def _fire(self) -> None:
