@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -97,5 +98,5 @@ def test_the_quickstart_runs_from_top_to_bottom(lab, page) -> None:
     answer = page.locator(".jp-OutputArea .jp-RenderedMarkdown", has_text="simulat").first
     answer.scroll_into_view_if_needed()
     assert answer.locator("strong").count() >= 1  # shown as Markdown, not as its source
-    footer = page.locator(".jp-OutputArea .jp-RenderedHTMLCommon", has_text="tokens").first
-    assert "simulated" in footer.inner_text()
+    footer = page.locator(".jp-OutputArea .jp-RenderedHTMLCommon", has_text="→").first.inner_text()
+    assert re.fullmatch(r"simulator · \d+ → \d+ tokens · \$0 · .* \(first token .*\) · simulated", footer.strip())
