@@ -271,10 +271,12 @@ class Exchange:
         opening, _, token = before.rpartition(b"\n\n")
         yield opening + b"\n\n"
         token += b" again" + after[: after.index(b"\n\n") + 2]
+        delay_s = self._token_delay_s()
+        together = 1 if delay_s else _TURN
         while True:
-            self._bill(1, 0)
-            yield token
-            await self._pause(self._token_delay_s())
+            self._bill(together, 0)
+            yield token * together
+            await self._pause(delay_s)
 
     # -- time and money ----------------------------------------------------------------------------------------------
 

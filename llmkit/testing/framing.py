@@ -50,6 +50,7 @@ class Framer:
 
 
 def split(content: bytes, variants: tuple[str, ...]) -> list[bytes]:
+    """The blocks in which these bytes go out; always at least one."""
     if "bytes" in variants:
         return [content[index : index + 1] for index in range(len(content))]
     if "halves" in variants:

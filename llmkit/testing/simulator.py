@@ -36,7 +36,7 @@ class Simulator(httpx.AsyncBaseTransport):
     Args:
         answer: the text of every answer, or a function of the request's JSON that gives it; None invents one.
         seed: another one gives other answers.
-        clock: all waiting goes through it, so that with a `FakeClock` a hang takes no time.
+        clock: all waiting goes through it; with the `FakeClock` that the client has, too, a hang takes no time.
         latency_s: seconds before the head of each response.
         token_delay_s: seconds between two tokens.
         models: names that exist; empty: every name does.

@@ -104,6 +104,7 @@ class Wire(Protocol):
 
 
 def dumps(document: Any) -> str:
+    """Compact JSON, characters as they are."""
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
