@@ -23,8 +23,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from llmkit.call import Timeouts
+from llmkit.endpoint import is_loopback
 from llmkit.errors import ConfigError
-from llmkit.providers.catalog import CATALOG, ProviderEntry, is_loopback, moved
+from llmkit.providers.catalog import CATALOG, ProviderEntry, moved
 from llmkit.providers.discovery import Default, find
 from llmkit.route import Routes
 

@@ -6,13 +6,14 @@ Both are plain data. What is known of a provider (base URL, key variable, quirks
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from decimal import Decimal
 
-__all__ = ["Endpoint", "Link", "Price"]
+__all__ = ["Endpoint", "Link", "Price", "is_loopback"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,3 +89,11 @@ class Link:
     max_latency_s: float | None = None
     disabled: bool = False
     only_on: frozenset[str] = frozenset()
+
+
+def is_loopback(base_url: str) -> bool:
+    """Whether the URL stays on this machine. Names are not looked up: only ``localhost`` and numbers count."""
+    from urllib.parse import urlsplit
+
+    host = urlsplit(base_url).hostname or ""
+    return host in {"localhost", "::1"} or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None

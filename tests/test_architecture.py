@@ -17,8 +17,9 @@ PACKAGE = Path(llmkit.__file__).parent
 # From the top down. A module may import what stands below it and, within a package, what stands beside it.
 ORDER = [
     {"__main__"},
+    {"commands"},
     {"notebook", "dashboard", "reports", "bulk", "evals"},
-    {"client"},
+    {"client", "doctor"},
     {"options"},
     {"config", "portal"},
     {"route"},

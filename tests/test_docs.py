@@ -60,7 +60,9 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, shell) -> None:
     for block in blocks(page):
         if block.language in {"python", "ipython"}:
             result = shell.run_cell(block.code)
-            assert result.success, f"{named(page)}, line {block.line}: {result.error_before_exec or result.error_in_exec!r}"
+            assert result.success, (
+                f"{named(page)}, line {block.line}: {result.error_before_exec or result.error_in_exec!r}"
+            )
     client = shell.user_ns.get("client")
     if client is not None and hasattr(client, "close"):
         client.close()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import llmkit
 from llmkit.__main__ import main
-from llmkit.commands import lab
+from llmkit.commands import demo, lab
 from llmkit.doctor import examine
+from llmkit.testing import FakeClock, Simulator
 
 ROOT = Path(__file__).parent.parent
 
@@ -210,3 +213,63 @@ def test_doctor_tells_a_server_that_cannot_be_reached() -> None:
 def test_doctor_tells_a_store_that_cannot_be_written(elsewhere) -> None:
     (elsewhere / "llmkit.toml").write_text(f'[state]\nurl = "sqlite:///{elsewhere}/llmkit.toml/ledger"\n', "utf-8")
     assert findings(OFFLINE)["store"].state == "wrong"
+
+
+# -- demo ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unhurried(monkeypatch):
+    """The demo on a clock that does not wait."""
+    clock = FakeClock()
+    monkeypatch.setattr(demo, "AsyncClient", partial(demo.AsyncClient, clock=clock))
+    monkeypatch.setattr("llmkit.testing.Simulator", partial(Simulator, clock=clock))
+
+
+def test_the_demo_shows_a_retry_a_fallback_a_break_and_the_ledger(unhurried, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k" * 20)  # it must not matter
+    assert main(["demo"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "· simulated · 1 retry (503)" in out
+    assert "fell back from simulator:premium (QuotaExhausted)" in out
+    assert "StreamBroken: simulator:shaky" in out
+    table = [line.split() for line in out.split("5. The ledger")[1].splitlines()]
+    assert ["complete", "complete", "complete", "failed"] == [row[1] for row in table if len(row) > 5 and "→" in row]
+
+
+def test_the_demo_books_nothing_on_disk(unhurried, capsys) -> None:
+    assert main(["demo", "Hello there"]) == 0
+    assert "> Hello there" in capsys.readouterr().out
+    assert not Path(os.environ["LLMKIT_DATA_DIR"]).exists()
+
+
+def test_the_demo_with_a_model_asks_only_that(capsys) -> None:
+    assert main(["demo", "--model", "simulator:other", "Hello"]) == 0
+    out = capsys.readouterr().out
+    assert "simulated" in out
+    assert "other · 1 → " in out
+    assert main(["demo", "--model", "openai:gpt-5-mini"]) == 1  # offline: refused before anything is sent
+    assert "CallRejected: openai:gpt-5-mini is not on this machine" in capsys.readouterr().err
+
+
+# -- simulate --------------------------------------------------------------------------------------------------------
+
+
+def test_simulate_serves_until_it_is_interrupted() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "llmkit", "simulate", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        url = process.stdout.readline().split()[4].removesuffix("/chat/completions")
+        client = llmkit.Client(model="vllm:any", providers={"vllm": {"base_url": url, "local": True}})
+        assert "simul" in client.complete("Hello").text.lower()
+        client.close()
+        process.send_signal(signal.SIGINT)
+        assert "1 call, " in process.communicate(timeout=20)[0]
+        assert process.returncode == 0
+
+
+def test_simulate_on_a_port_that_is_taken(capsys) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert main(["simulate", "--port", str(server.getsockname()[1])]) == 1
+    assert "cannot be used: Address already in use\nnext: --port 0" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = arguments.prompt or PROMPT
     if arguments.model is not None:
         with _Stage(Config.load(model=arguments.model)) as stage:
-            stage.ask(prompt)
+            stage.ask(prompt, model=arguments.model)
         return 0
     from llmkit.testing import Fault, Simulator
 

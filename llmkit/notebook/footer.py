@@ -33,6 +33,7 @@ _WARN = "color: var(--jp-warn-color0, #b36b00); font-weight: 600;"
 
 
 def as_text(parts: Sequence[Part]) -> str:
+    """The line as plain text; not escaped."""
     return " · ".join(part.text for part in parts)
 
 

@@ -20,12 +20,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from llmkit.endpoint import is_loopback
 from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CATALOG", "QUIRKS", "ProviderEntry", "base_url_from", "is_loopback", "located", "moved"]
+__all__ = ["CATALOG", "QUIRKS", "ProviderEntry", "base_url_from", "located", "moved"]
 
 QUIRKS = {
     "max_completion_tokens": "the output limit is sent under this name; reasoning models there refuse max_tokens",
@@ -176,14 +177,6 @@ def base_url_from(text: str) -> str:
     if parts.query or parts.fragment:
         raise ValueError("a URL without ? and #")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-
-
-def is_loopback(base_url: str) -> bool:
-    """Whether the URL stays on this machine. Names are not looked up: only ``localhost`` and numbers count."""
-    from urllib.parse import urlsplit
-
-    host = urlsplit(base_url).hostname or ""
-    return host in {"localhost", "::1"} or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
 def located(entry: ProviderEntry, environ: Mapping[str, str]) -> ProviderEntry:

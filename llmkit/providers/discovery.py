@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmkit.endpoint import is_loopback
 from llmkit.errors import ConfigError
-from llmkit.providers.catalog import is_loopback, located
+from llmkit.providers.catalog import located
 
 if TYPE_CHECKING:
     import selectors

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from llmkit.endpoint import is_loopback
 from llmkit.errors import (
     AuthenticationError,
     BadResponse,
@@ -26,7 +27,6 @@ from llmkit.errors import (
     StreamBroken,
 )
 from llmkit.providers.anthropic import AnthropicWire
-from llmkit.providers.catalog import is_loopback
 from llmkit.providers.failures import complaint_in, complaint_of, error_from
 from llmkit.providers.headers import provider_request_id
 from llmkit.providers.openai import OpenAIWire

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from llmkit.endpoint import is_loopback
 from llmkit.errors import ConfigError
-from llmkit.providers.catalog import CATALOG, QUIRKS, base_url_from, is_loopback, located, moved
+from llmkit.providers.catalog import CATALOG, QUIRKS, base_url_from, located, moved
 
 
 @pytest.mark.parametrize("entry", CATALOG.values(), ids=CATALOG)
