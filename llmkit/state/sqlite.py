@@ -261,11 +261,12 @@ class SQLiteStore:
         self._make_file()
         connection = self._connect()
         try:
-            _check(connection, self.path)
+            _look_at(connection, self.path)
             _share(connection, self.path)
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_OF_LOG_AT_MOST}")
             _migrate(connection, self.path)
+            _touch(connection)
         except BaseException:
             connection.close()
             raise
@@ -451,8 +452,17 @@ def _make_private(path: Path) -> None:
                 each.chmod(0o600)
 
 
+def _look_at(connection: sqlite3.Connection, path: Path) -> None:
+    """Check the file before anything is changed in it."""
+    connection.execute("BEGIN")  # one view of it: another process may be making it just now
+    try:
+        _check(connection, path)
+    finally:
+        _roll_back(connection)
+
+
 def _check(connection: sqlite3.Connection, path: Path) -> None:
-    """That the file is a ledger, or empty, and not of a newer llmkit."""
+    """That the file is a ledger, or empty, and not of a newer llmkit; in a transaction."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         if version or connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -475,10 +485,15 @@ def _begin_new_log(connection: sqlite3.Connection) -> None:
     """
     for _ in range(20):
         busy, _, _ = connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
-        if not busy:  # the first write to a new log waits for the disk, so it is made here
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        if not busy:
+            _touch(connection)
             return
         _pause()
+
+
+def _touch(connection: sqlite3.Connection) -> None:
+    """Make the first write to a new log, since that one waits for the disk. It shows, too, whether writing is possible."""
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
 
 def _pause() -> None:

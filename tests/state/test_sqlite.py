@@ -231,9 +231,7 @@ def test_a_ledger_taken_away_is_begun_anew(store, path, monkeypatch):
 def test_a_busy_file_is_waited_for_on_another_thread_in_order(store, path):
     store.commit(begun("a"))
     holder = locked(path)
-    before = time.perf_counter()
     waiting = [store.commit(begun("b")), store.commit(ended("a")), store.commit(ended("b"))]
-    took = time.perf_counter() - before
     assert all(each is not None and not each.done() for each in waiting)
     assert not waiting[0].cancel()
     holder.execute("ROLLBACK")
@@ -241,7 +239,6 @@ def test_a_busy_file_is_waited_for_on_another_thread_in_order(store, path):
     for each in waiting:
         each.result(10)
     assert [(row["request_id"], row["status"]) for row in store.calls()] == [("a", "complete"), ("b", "complete")]
-    assert took < 0.2
     deadline = time.monotonic() + 10
     while store._queue and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -389,16 +386,20 @@ def run(code, *args):
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_two_processes_write_at_once(path):
-    processes = [run(WRITER, name, path) for name in "ab"]
+def at_once(processes):
+    """Start them together, and see each to a good end."""
     for process in processes:
-        assert process.stdout.readline() == "ready\n"
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
     for process in processes:
         _, complaint = process.communicate(timeout=60)
         assert (process.returncode, complaint) == (0, "")
+
+
+def test_two_processes_write_at_once(path):
+    at_once([run(WRITER, name, path) for name in "ab"])
     store = SQLiteStore(path)
     rows = store.calls()
     assert len(rows) == 1000
@@ -409,12 +410,20 @@ def test_two_processes_write_at_once(path):
     raw.close()
 
 
-def test_several_processes_make_it_at_once(path):
-    code = "import sys; from pathlib import Path; from llmkit.state.sqlite import SQLiteStore; SQLiteStore(Path(sys.argv[1])).close()"
-    processes = [run(code, path) for _ in range(4)]
-    for process in processes:
-        _, complaint = process.communicate(timeout=60)
-        assert (process.returncode, complaint) == (0, "")
+MAKER = """
+    import sys
+    from pathlib import Path
+    from llmkit.state.sqlite import SQLiteStore
+
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for number in range(50):
+        SQLiteStore(Path(sys.argv[1], str(number), "ledger.sqlite3")).close()
+"""
+
+
+def test_several_processes_make_it_at_once(tmp_path):
+    at_once([run(MAKER, tmp_path) for _ in range(3)])
 
 
 FORKER = """
