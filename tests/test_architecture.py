@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ def modules():
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
+def tree_of(path):
+    return ast.parse(path.read_text("utf-8"))
+
+
 def part_of(path):
     """The entry of ORDER that a file belongs to; None for the package's own front page."""
     first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -84,7 +90,7 @@ def runtime_imports(tree):
 def arrows():
     """(from file, part it belongs to, imported name, part of that name), for every import at run time."""
     for path in modules():
-        for name in runtime_imports(ast.parse(path.read_text("utf-8"))):
+        for name in runtime_imports(tree_of(path)):
             yield path.relative_to(PACKAGE).as_posix(), part_of(path), name, name.split(".")[1]
 
 
@@ -140,7 +146,7 @@ def test_providers_are_told_apart_by_data_alone() -> None:
         f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}"
         for path in modules()
         if part_of(path) not in {"providers", "testing"}
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(tree_of(path))
         if names_a_provider(node)
     ]
     assert wrong == []
@@ -151,7 +157,7 @@ def test_files_are_named_for_what_they_hold() -> None:
 
 
 def public_names(path):
-    for node in ast.parse(path.read_text("utf-8")).body:
+    for node in tree_of(path).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return ast.literal_eval(node.value)
     return None
@@ -159,7 +165,7 @@ def public_names(path):
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_every_module_says_what_is_public_and_explains_it(path) -> None:
-    tree = ast.parse(path.read_text("utf-8"))
+    tree = tree_of(path)
     assert ast.get_docstring(tree), "a module says what it is for"
     names = public_names(path)
     if names is None:

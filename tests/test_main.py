@@ -235,7 +235,7 @@ def test_the_demo_shows_a_retry_a_fallback_a_break_and_the_ledger(unhurried, cap
     assert "fell back from simulator:premium (QuotaExhausted)" in out
     assert "StreamBroken: simulator:shaky" in out
     table = [line.split() for line in out.split("5. The ledger")[1].splitlines()]
-    assert ["complete", "complete", "complete", "failed"] == [row[1] for row in table if len(row) > 5 and "→" in row]
+    assert [row[1] for row in table if len(row) > 5 and "→" in row] == ["complete", "complete", "complete", "failed"]
 
 
 def test_the_demo_books_nothing_on_disk(unhurried, capsys) -> None:
