@@ -6,6 +6,7 @@ works in a script, in a notebook whose own loop runs, and from several threads a
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
@@ -95,7 +96,10 @@ class AsyncClient:
         return Opening(self, prompt, options)
 
     async def _open(self, prompt: Any, *, stream: bool, options: dict[str, Any]) -> Reply:
-        reply = await self._pipeline(self._call(prompt, stream, Options.of(options)))
+        asked = Options.of(options)
+        if asked.model is None and self._model is None:
+            await asyncio.to_thread(self.default_model)  # it may look for local servers
+        reply = await self._pipeline(self._call(prompt, stream, asked))
         if stream:
             self._arriving.add(reply)
         return reply
