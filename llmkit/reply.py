@@ -337,13 +337,15 @@ class Reply:
         if head.tool_calls or any(chunk.text for chunk in self.arrived):
             return None
         reasoning = head.usage.reasoning_tokens if head.usage else None
-        if head.finish_reason == "length" or reasoning or any(chunk.reasoning for chunk in self.arrived):
-            spent = f"{reasoning} tokens" if reasoning else "the tokens"
-            message = f"{self.provider}:{self.model} returned no text: {spent} went into reasoning"
+        message = f"{self.provider}:{self.model} returned no text"
+        if reasoning or any(chunk.reasoning for chunk in self.arrived):
+            message += f": {f'{reasoning} tokens' if reasoning else 'the tokens'} went into reasoning"
             if head.finish_reason == "length":
                 message += " and the limit was reached"
+        elif head.finish_reason == "length":
+            message += ": the limit of output tokens was reached before there was any"
         else:
-            message = f"{self.provider}:{self.model} returned no text (finish reason: {head.finish_reason or 'none'})"
+            message += f" (finish reason: {head.finish_reason or 'none'})"
         return EmptyReply(message, reasoning_tokens=reasoning, **fields)
 
     # -- ending ------------------------------------------------------------------------------------------------------

@@ -246,6 +246,8 @@ def test_an_end_without_an_answer_is_an_error_of_its_own(finish, reasoning, usag
         if error is errors.EmptyReply:
             assert caught.value.reasoning_tokens == tokens
             assert tokens is None or str(tokens) in caught.value.message
+            assert ("reasoning" in caught.value.message) == bool(reasoning)
+            assert ("limit" in caught.value.message) == (finish == "length")
 
     run(main)
 
