@@ -4,61 +4,17 @@
 the catalog (``vllm`` by default), ``LLMKIT_ENGINE_MODEL`` the model (``tiny``). ``docs/engines.md`` has the commands. These tests wait for what the engine really does, so they read the real clock.
 """
 
-import json
 import os
-import re
-import time
-from dataclasses import dataclass
-from urllib.request import Request, urlopen
 
 import pytest
 
 import llmkit
-
-WINDOW = 4096  # of the model that tiny_model.py makes
+from tests.engines.engine import Engine
 
 # Taken out at once: llmkit reads every variable that begins with LLMKIT_, and to it these are mistakes.
 URL = os.environ.pop("LLMKIT_ENGINE_URL", "").rstrip("/")
 PROVIDER = os.environ.pop("LLMKIT_ENGINE_PROVIDER", "vllm")
 MODEL = os.environ.pop("LLMKIT_ENGINE_MODEL", "tiny")
-
-
-@dataclass(frozen=True)
-class Engine:
-    url: str
-    provider: str
-    model: str
-
-    def asked(self, prompt: str, **fields):
-        """Its answer, without llmkit in between."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], **fields}
-        request = Request(
-            f"{self.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urlopen(request, timeout=60) as response:
-            return json.load(response)
-
-    def counted(self, name: str, **labels: str) -> float:
-        """The sum of one of vLLM's metrics over the series that carry ``labels``."""
-        with urlopen(f"{self.url.removesuffix('/v1')}/metrics", timeout=10) as response:
-            text = response.read().decode()
-        series = re.findall(rf"^vllm:{name}(?:\{{(.*)\}})? (\S+)$", text, re.MULTILINE)
-        wanted = [f'{label}="{value}"' for label, value in labels.items()]
-        return sum(float(value) for found, value in series if all(label in found for label in wanted))
-
-    def settles(self, name: str, value: float, within_s: float = 5.0, **labels: str) -> float:
-        """Seconds until a metric has ``value``; vLLM publishes them a moment after the fact."""
-        started = time.monotonic()
-        while (found := self.counted(name, **labels)) != value:
-            assert time.monotonic() - started < within_s, f"{name} is {found}, not {value}"
-            time.sleep(0.02)
-        return time.monotonic() - started
-
-    @property
-    def settings(self) -> str:
-        """``llmkit.toml`` for this engine."""
-        local = f'provider = "{self.provider}"\nmodel = "{self.model}"\nbase_url = "{self.url}"'
-        return f'model = "local"\n\n[models.local]\n{local}\n'
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from jupyter_client.manager import KernelManager
 
-from tests.engines.test_engine import cut_short
+from tests.engines.engine import cut_short
 
 pytestmark = pytest.mark.engine
 
@@ -54,6 +54,8 @@ class Kernel:
                 self.manager.interrupt_kernel()
                 interrupted, interrupt_after = time.monotonic(), None
         reply = self.client.get_shell_msg(timeout=60)
+        while reply["parent_header"].get("msg_id") != request:  # late answers to "are you there?"
+            reply = self.client.get_shell_msg(timeout=60)
         self.interrupted_for = time.monotonic() - interrupted if "interrupted" in locals() else None
         return reply["content"]["status"], "\n".join([*displays.values(), *shown])
 
@@ -95,7 +97,7 @@ def test_a_cell_that_fails_is_one_short_block(kernel, vllm) -> None:
 
 def test_an_interrupt_of_the_kernel_stops_the_engine(kernel, vllm) -> None:
     kernel.run("%load_ext llmkit")
-    kernel.run("%%llm --max-tokens 4\nhi")  # all is loaded
+    kernel.run("%%llm --max-tokens 24\nhi")  # all is loaded
     with cut_short(vllm):
         status, shown = kernel.run("%%llm part << --max-tokens 4000\nTell me a long story.", interrupt_after=0.3)
     assert status == "error"
@@ -105,7 +107,7 @@ def test_an_interrupt_of_the_kernel_stops_the_engine(kernel, vllm) -> None:
     word, length, estimated = shown.split()
     assert (word, estimated) == ("aborted", "True")
     assert int(length) > 0
-    status, shown = kernel.run("%%llm --max-tokens 4\nhi")
+    status, shown = kernel.run("%%llm --max-tokens 24\nhi")
     assert status == "ok", shown
 
 
@@ -115,3 +117,9 @@ def test_the_quickstart_runs_against_the_engine(kernel, engine) -> None:
         if cell.cell_type == "code":
             status, shown = kernel.run(cell.source)
             assert status == "ok", f"{cell.source}\n{shown}"
+    status, shown = kernel.run(
+        "with llmkit.Client() as client:\n"
+        f"    asked = client.calls().query('provider == \"{engine.provider}\"')\n"
+        "assert len(asked) == 4 and (asked.status == 'complete').all() and not asked.estimated.any(), asked"
+    )
+    assert status == "ok", shown

@@ -4,21 +4,19 @@ import asyncio
 import os
 import signal
 import threading
-import time
-from contextlib import contextmanager
 from decimal import Decimal
 
 import pytest
 
 import llmkit
-from tests.engines.conftest import WINDOW
+from tests.engines.engine import LONGEST, WINDOW, cut_short
 
 pytestmark = pytest.mark.engine
 
 PROMPT = "Say hello in three words."
 BROKEN = "\ufffd"
 GREEDY = {"temperature": 0, "max_tokens": 24}
-ENDLESS = {"max_tokens": WINDOW - 96}  # the tiny model never ends by itself
+ENDLESS = {"max_tokens": LONGEST}
 
 
 def test_an_answer_and_its_tokens_are_the_engines_own(client, engine) -> None:
@@ -115,18 +113,6 @@ def test_a_wrong_value_is_refused_once(client, vllm) -> None:
         client.complete(PROMPT, extra={"top_k": -7})
     assert not caught.value.retryable
     assert len(client.attempts(caught.value.request_id)) == 1
-
-
-@contextmanager
-def cut_short(engine):
-    """Within this, the engine begins one answer, and gives it up before its end."""
-    before = engine.counted("generation_tokens_total")
-    yield
-    assert engine.settles("num_requests_running", 0) < 0.3
-    made = engine.counted("generation_tokens_total") - before
-    assert 0 < made < ENDLESS["max_tokens"]
-    time.sleep(0.2)
-    assert engine.counted("generation_tokens_total") - before == made
 
 
 @pytest.fixture
