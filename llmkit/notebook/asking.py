@@ -7,7 +7,10 @@ times a second, however fast text arrives.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +21,9 @@ from llmkit.redaction import tidy
 from llmkit.reply import Reply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from decimal import Decimal
+    from types import FrameType
 
     from llmkit.call import Attempt
     from llmkit.client import AsyncClient
@@ -107,12 +111,34 @@ def ask(
         raise
     except BaseException:
         job.cancel()
-        view.done(None, footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings))
+        _draw(view.done, None, footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings))
         raise
     reply = progress.reply
     assert reply is not None
-    view.done(reply, footer.of_reply(reply, timings=view.timings))
+    _draw(view.done, reply, footer.of_reply(reply, timings=view.timings))
     return reply
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold an interrupt back until a drawing is done: one cut in half would leave an output twice, or none."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            before(*held[0])
+
+
+def _draw(drawing: Callable[..., None], *what: Any) -> None:
+    with _uninterrupted():
+        drawing(*what)
 
 
 def _watch(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> None:
@@ -131,9 +157,9 @@ def _watch(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> None:
             continue
         text = progress.text()
         if text:
-            view.growing(text, progress.status())
+            _draw(view.growing, text, progress.status())
         elif news is False:  # a quick answer needs no status before it
-            view.waiting(progress.status())
+            _draw(view.waiting, progress.status())
         pace.drawn(len(text))
 
 
@@ -216,9 +242,9 @@ def _drain(inbox: SimpleQueue[Any], progress: _Progress) -> None:
 def _show_failure(error: LLMKitError, progress: _Progress, view: View) -> None:
     reply = error.reply if error.reply is not None and error.reply.text else None
     if reply is None:
-        view.done(None, footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings))
+        _draw(view.done, None, footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings))
     else:
-        view.done(reply, footer.of_reply(reply, timings=view.timings))
+        _draw(view.done, reply, footer.of_reply(reply, timings=view.timings))
 
 
 def _interrupted(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> Interrupted:
@@ -227,10 +253,10 @@ def _interrupted(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> In
     billed = any(attempt.maybe_billed for attempt in progress.attempts)
     if reply is None or not reply.text:
         parts = footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings)
-        view.done(None, [*(part for part in parts if not part.warns), footer.Part("interrupted", warns=True)])
+        _draw(view.done, None, [*(part for part in parts if not part.warns), footer.Part("interrupted", warns=True)])
         costs = [attempt.cost_usd for attempt in progress.attempts]
         known = [cost for cost in costs if cost is not None]
         spent = sum(known[1:], known[0]) if costs and len(known) == len(costs) else None
         return Interrupted(None, spent, sent=progress.sent, billed=billed)
-    view.done(reply, footer.of_reply(reply, interrupted=True, timings=view.timings))
+    _draw(view.done, reply, footer.of_reply(reply, interrupted=True, timings=view.timings))
     return Interrupted(reply, reply.cost_usd, sent=True, billed=billed)

@@ -135,13 +135,13 @@ class Terminal:
         self._form = form
         self._streams = form in {"markdown", "text"}
         self._printed = 0
-        self._status = False
+        self._status = ""
         self._ends_line = True
 
     def waiting(self, status: str) -> None:
-        if sys.stdout.isatty():
+        if status != self._status and sys.stdout.isatty():
             self._write(f"\r\x1b[2K\x1b[2m{plain(status)[:100]}\x1b[0m")
-            self._status = True
+            self._status = status
 
     def growing(self, text: str, status: str) -> None:
         if not self._streams:
@@ -170,7 +170,7 @@ class Terminal:
     def _clear_status(self) -> None:
         if self._status:
             self._write("\r\x1b[2K")
-            self._status = False
+            self._status = ""
 
     @staticmethod
     def _write(text: str) -> None:

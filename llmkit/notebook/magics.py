@@ -187,6 +187,8 @@ class LLMMagics(Magics):
         sys.last_type, sys.last_value, sys.last_traceback = kind, error, traceback  # what %tb and %debug read
         lines = error._render_traceback_()
         shell._showtraceback(kind, error, lines if self.traceback else _wrapped(lines))
+        if shell.call_pdb:
+            shell.debugger(force=True)
 
 
 def _wrapped(lines: Sequence[str]) -> list[str]:

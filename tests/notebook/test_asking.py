@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+
+import pytest
+
 from llmkit.events import AttemptStarted, FellBack, Waiting
-from llmkit.notebook.asking import LONGEST_PAUSE_S, _Pace, _Progress
+from llmkit.notebook.asking import LONGEST_PAUSE_S, _Pace, _Progress, _uninterrupted
 
 
 class Time:
@@ -74,3 +80,26 @@ def test_reasons_from_a_server_are_kept_short() -> None:
     progress = _Progress("smart", Time())
     progress.hear(Waiting("r", 5.0, "x" * 10_000, "openai:gpt-5"))
     assert len(progress.status()) < 200
+
+
+def test_a_drawing_is_not_cut_in_half_by_an_interrupt() -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    drawn = []
+    with pytest.raises(KeyboardInterrupt), _uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        drawn.append("all of it")
+    assert drawn == ["all of it"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_cell_in_another_thread_draws_as_well() -> None:
+    drawn = []
+
+    def draw() -> None:
+        with _uninterrupted():
+            drawn.append(1)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join()
+    assert drawn == [1]

@@ -58,3 +58,34 @@ def test_code_is_fenced_unless_it_is_already() -> None:
 
 def test_html_is_shown_as_source_and_cannot_leave_its_fence() -> None:
     assert bundle("<b>x</b>\n```\n<script>", "html")["text/markdown"] == "````html\n<b>x</b>\n```\n<script>\n````"
+
+
+D = "<span>&#36;</span>"
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("costs $5 and $10", f"costs {D}5 and {D}10"),
+        ("| $5 | $10 |", f"| {D}5 | {D}10 |"),
+        ("- a: $5\n- b: $10", f"- a: {D}5\n- b: {D}10"),
+        ("$5-$10", f"{D}5-{D}10"),
+        ("$5 a month, or US$ 6", f"{D}5 a month, or US{D} 6"),
+        ("one $ only", "one $ only"),
+        ("$x^2$ costs $5 or $6", f"$x^2$ costs {D}5 or {D}6"),
+        ("$5$ and $2 x + 1$ and $n$", "$5$ and $2 x + 1$ and $n$"),
+        ("`$5 $6` and $7 or $8", f"`$5 $6` and {D}7 or {D}8"),
+        ("``a ` $5`` $6", f"``a ` $5`` {D}6"),
+        ("```sh\necho $A $B\n```\n$5 $6", f"```sh\necho $A $B\n```\n{D}5 {D}6"),
+        ("~~~\n$A ```\n$B", "~~~\n$A ```\n$B"),
+        ("$$\na $ b\n$$\n$5 $6", f"$$\na $ b\n$$\n{D}5 {D}6"),
+        (r"\$5 $6 $7", rf"\$5 {D}6 {D}7"),
+    ],
+)
+def test_prices_are_no_formulas(text, shown) -> None:
+    assert bundle(text, "markdown") == {"text/markdown": shown, "text/plain": text}
+
+
+@given(st.text(alphabet="$`~\\\n a1x|"))
+def test_dollars_are_only_ever_replaced(text) -> None:
+    assert bundle(text, "markdown")["text/markdown"].replace(D, "$") == text

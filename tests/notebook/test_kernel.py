@@ -54,7 +54,10 @@ class Kernel:
     def rest(self):
         """Read to the end of the cell; the status of its reply."""
         self.until(lambda m: m["msg_type"] == "status" and m["content"]["execution_state"] == "idle")
-        return self.client.get_shell_msg(timeout=WAIT_S)["content"]["status"]
+        while True:
+            reply = self.client.get_shell_msg(timeout=WAIT_S)
+            if reply["parent_header"].get("msg_id") == self.id:
+                return reply["content"]["status"]
 
     def run(self, code):
         self.send(code)
@@ -69,6 +72,8 @@ class Kernel:
                 ident = content["transient"]["display_id"]
                 (shown,) = [o for o in outputs if o.get("transient", {}).get("display_id") == ident]
                 shown.update(data=content["data"], metadata=content["metadata"])
+            elif kind == "stream" and outputs and outputs[-1].get("name") == content["name"]:
+                outputs[-1]["text"] += content["text"]  # a frontend joins them, too
             elif kind in {"display_data", "execute_result", "stream", "error"}:
                 outputs.append({"kind": kind, **content})
         return outputs
@@ -102,6 +107,13 @@ def kernel(running, server):
     assert running.run("%load_ext llmkit") == "ok"
     yield running
     assert running.run("%unload_ext llmkit") == "ok"
+
+
+def three(kernel):
+    """The cell's three outputs; where there are others, they are in the error."""
+    outputs = kernel.outputs()
+    assert len(outputs) == 3, outputs
+    return outputs
 
 
 def plain(output):
@@ -167,7 +179,7 @@ def test_a_wait_is_counted_down_in_the_cell(kernel, server) -> None:
 def test_an_error_fails_the_cell_and_keeps_the_partial_answer(kernel, server) -> None:
     server.next(said("The first half ", CUT))
     assert kernel.run("%%llm part <<\nhi") == "error"
-    answer, footer, error = kernel.outputs()
+    answer, footer, error = three(kernel)
     assert plain(answer) == "The first half "
     assert "broken off" in plain(footer)
     assert (error["kind"], error["ename"]) == ("error", "StreamBroken")
@@ -211,7 +223,7 @@ def test_an_interrupt_closes_the_connection_at_once_and_keeps_the_text(kernel, s
         kernel.until(with_text("The beginning "))
         took.append(interrupt(kernel, gone))
     assert min(took) < 0.2
-    answer, footer, error = kernel.outputs()
+    answer, footer, error = three(kernel)
     assert plain(answer) == "The beginning "
     assert plain(footer).endswith("interrupted")
     assert error["ename"] == "Interrupted"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+
 import pytest
 from IPython.utils.capture import capture_output
 
 from llmkit.errors import AllModelsFailed, ConfigError, InvalidRequest, LLMKitError, StreamBroken, TemplateError
+from llmkit.notebook.asking import Interrupted
 from llmkit.notebook.magics import LLMMagics
-from tests.notebook.server import CUT, refused, said
+from tests.notebook.server import CUT, Gone, refused, said, silent
 
 
 def run(shell, code):
@@ -256,6 +261,61 @@ def test_a_partial_answer_stays(shell, server) -> None:
     assert shown.stdout.index("The first half") < shown.stdout.index("broken off") < shown.stdout.index("StreamBroken:")
     assert shell.user_ns["a"].text == shell.user_ns["_"].text == "The first half "
     assert shell.user_ns["a"].outcome.status == "failed"
+
+
+def interrupting(server, *parts):
+    """Play ``parts``, then fall silent, and interrupt this process once the server got there."""
+    gone = Gone()
+    server.next(said(*parts, gone) if parts else silent(gone))
+
+    def press() -> None:
+        if gone.reached.wait(30):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    return gone
+
+
+def test_an_interrupt_keeps_what_had_arrived(shell, server) -> None:
+    gone = interrupting(server, "The beginning ")
+    shown = run(shell, "%%llm a <<\nhi")
+    assert isinstance(shown.error, Interrupted)
+    assert gone.left.wait(30)
+    assert shown.error.reply is shell.user_ns["a"] is shell.user_ns["_"]
+    assert shell.user_ns["a"].text == "The beginning "
+    assert "interrupted\nInterrupted: the connection is closed\nspent: $" in shown.stdout
+    assert "kept: 14 characters" in shown.stdout
+    assert "Traceback" not in shown.stdout + shown.stderr
+
+
+def test_an_interrupt_before_anything_arrived(shell, server) -> None:
+    gone = interrupting(server)
+    shown = run(shell, "%%llm a <<\nhi")
+    assert isinstance(shown.error, Interrupted)
+    assert gone.left.wait(30)
+    assert "a" not in shell.user_ns
+    assert "spent: nothing that was seen; the provider may bill more" in shown.stdout
+
+
+def test_an_interrupt_before_anything_was_sent() -> None:
+    assert Interrupted(None, None, sent=False, billed=False).block() == "Interrupted: nothing was sent"
+    assert "spent: unknown" in Interrupted(None, None, sent=True, billed=False).block()
+
+
+def test_a_degraded_answer_is_shown_and_marked(shell, folder, server) -> None:
+    (folder / "llmkit.toml").write_text(server.settings() + "[degraded]\ntext = 'Please try again.'\n", "utf-8")
+    run(shell, "%reload_ext llmkit")
+    shown = run(shell, "%%llm -m deaf\nhi")
+    assert shown.error is None
+    assert shown.stdout.startswith("Please try again.\n\n$0 · ")
+    assert "degraded: the text set for when no model answers" in shown.stdout
+
+
+def test_a_cut_answer_says_at_what_cap(shell, server) -> None:
+    server.next(said(*["word "] * 500))
+    shown = run(shell, "%%llm --max-cost 0.001\nhi")
+    assert shown.error is None
+    assert "cut at the cap of $0.001" in shown.stdout
 
 
 def test_somebody_elses_handler_of_errors_goes_on(bare, folder) -> None:
