@@ -7,7 +7,10 @@ works in a script, in a notebook whose own loop runs, and from several threads a
 from __future__ import annotations
 
 import asyncio
+import atexit
+import functools
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
@@ -21,11 +24,12 @@ from llmkit.options import Options
 from llmkit.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Coroutine, Generator, Mapping, Sequence
 
     import httpx
     import pandas as pd
 
+    from llmkit.portal import Portal
     from llmkit.reply import Reply
 
 __all__ = ["AsyncClient", "Client"]
@@ -173,6 +177,8 @@ class AsyncClient:
         await self.aclose()
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_model"):  # a traceback shows it while it is being made
+            return f"<{type(self).__name__}>"
         return f"<{type(self).__name__} model={self._model or self.config.model or 'not yet chosen'}>"
 
 
@@ -201,10 +207,14 @@ class Client:
     """`AsyncClient` without ``await``; the arguments are the same. One client serves all threads."""
 
     def __init__(self, **arguments: Any) -> None:
+        self._client = AsyncClient(**arguments)
+        _unclosed().add(self)
+
+    @property
+    def _portal(self) -> Portal:
         from llmkit import portal
 
-        self._portal = portal.shared()
-        self._client = AsyncClient(**arguments)
+        return portal.shared()  # asked for each time: in a forked child it is another one
 
     @property
     def config(self) -> Config:
@@ -212,14 +222,16 @@ class Client:
 
     def complete(self, prompt: str | Message | Sequence[Message | Mapping[str, Any]], **options: Any) -> Reply:
         """See `AsyncClient.complete`. An interrupt closes the connection, settles, and is raised again."""
-        return self._bridged(self._portal.run(self._client.complete(prompt, **options)))
+        return self._bridged(self._client.complete(prompt, **options))
 
     def stream(self, prompt: str | Message | Sequence[Message | Mapping[str, Any]], **options: Any) -> Reply:
         """``with client.stream(…) as reply: for chunk in reply: …``; begins at the first token."""
-        return self._bridged(self._portal.run(_awaited(self._client.stream(prompt, **options))))
+        return self._bridged(_awaited(self._client.stream(prompt, **options)))
 
-    def _bridged(self, reply: Reply) -> Reply:
-        reply._portal = self._portal
+    def _bridged(self, asking: Coroutine[Any, Any, Reply]) -> Reply:
+        portal = self._portal
+        reply = portal.run(asking)
+        reply._portal = portal
         return reply
 
     def default_model(self) -> str:
@@ -254,12 +266,30 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return repr(self._client).replace("AsyncClient", "Client", 1)
+        inner = vars(self).get("_client")  # missing while it is being made
+        return repr(inner).replace("AsyncClient", "Client", 1) if inner is not None else "<Client>"
 
 
 def new_request_id(clock: Clock) -> str:
     """32 hexadecimal digits: milliseconds, then chance. Ids that grow with time keep a ledger's pages together."""
     return f"{int(clock.time() * 1000):012x}{os.urandom(10).hex()}"
+
+
+@functools.cache
+def _unclosed() -> WeakSet[Client]:
+    """The clients to close when the interpreter ends."""
+    from llmkit import portal  # first, so that its own ending comes after this one
+
+    clients: WeakSet[Client] = WeakSet()
+    process = os.getpid()
+
+    def close() -> None:
+        for client in list(clients) if os.getpid() == process else ():  # in a forked child they are the parent's
+            with suppress(TimeoutError):
+                client._portal.start(client._client.aclose()).result(portal.SETTLE_S)
+
+    atexit.register(close)
+    return clients
 
 
 async def _awaited(opening: Opening) -> Reply:

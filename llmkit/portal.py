@@ -7,6 +7,8 @@ the waiting thread; it cancels the coroutine and waits until that has settled, s
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import os
 import threading
 from queue import Empty, SimpleQueue
@@ -29,6 +31,7 @@ class Portal:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._serve, name="llmkit", daemon=True)
         self._thread.start()
 
@@ -46,6 +49,9 @@ class Portal:
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("a sync llmkit.Client was used on llmkit's own event loop; use AsyncClient there")
+        if self._process != os.getpid():  # its thread has not come along: waiting for it would be for ever
+            work.close()
+            raise RuntimeError("this reply belongs to the process that asked for it")
         return Job(self.loop, work)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -82,10 +88,11 @@ class Portal:
             job.cancel()
 
     def close(self) -> None:
-        """Stop the loop; what still runs on it is cancelled first."""
+        """Stop the loop; what still runs on it is cancelled first, and its connections are closed. Takes bounded time."""
         if self.loop.is_closed():
             return
-        self.run(_cancel_others())
+        with contextlib.suppress(TimeoutError):
+            self.start(_ended()).result(SETTLE_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(SETTLE_S)
         if not self._thread.is_alive():
@@ -108,9 +115,12 @@ class Job(Generic[T]):
         self._task = self._loop.create_task(self._work)
         self._task.add_done_callback(lambda _: self._done.put(None))
 
-    def result(self) -> T:
-        """Wait for the end; the result, or what the coroutine raised."""
-        self._done.get()
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the end (``timeout`` seconds, then TimeoutError); the result, or what the coroutine raised."""
+        try:
+            self._done.get(timeout=timeout)
+        except Empty:
+            raise TimeoutError from None
         self._done.put(None)  # whoever asks again need not wait
         assert self._task is not None
         return self._task.result()
@@ -132,11 +142,12 @@ class Job(Generic[T]):
             self._done.put(None)
 
 
-async def _cancel_others() -> None:
+async def _ended() -> None:
     tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()  # the transport closes its connections there
 
 
 _shared: tuple[int, Portal] | None = None
@@ -150,3 +161,19 @@ def shared() -> Portal:
         if _shared is None or _shared[0] != os.getpid() or _shared[1].loop.is_closed():
             _shared = (os.getpid(), Portal())
         return _shared[1]
+
+
+@atexit.register
+def _close_shared() -> None:
+    # A client that nobody closed: what is still arriving is settled, and nothing complains of open connections.
+    if _shared is not None and _shared[0] == os.getpid():
+        _shared[1].close()
+
+
+def _unlock() -> None:
+    global _lock  # noqa: PLW0603  another thread may have held it, and is not in the forked child
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)

@@ -12,7 +12,8 @@ import threading
 import pytest
 
 from llmkit import portal
-from llmkit.testing import FakeClock
+from llmkit.ledger import Ledger
+from llmkit.testing import FakeClock, Fault, Simulator
 from tests.layers.script import HANG, Script, call_for
 
 
@@ -160,3 +161,58 @@ assert os.waitpid(child, 0)[1] == 0
 assert portal.shared().run(pid()) == os.getpid()
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+INHERITED = """
+import os, sys, warnings
+
+import llmkit
+
+warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads, which is the point
+client = llmkit.Client(config=llmkit.Config.of(model="simulator"))
+reply = client.complete("hello")
+child = os.fork()
+if child == 0:
+    try:
+        assert client.complete("hello").text == reply.text
+        try:
+            reply.close()
+        except RuntimeError as error:
+            assert "process" in str(error)
+        else:
+            os._exit(3)
+        os._exit(0)
+    except BaseException:
+        os._exit(2)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only POSIX forks")
+def test_a_client_made_before_a_fork_answers_after_it() -> None:
+    done = subprocess.run([sys.executable, "-c", INHERITED], capture_output=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+UNCLOSED = """
+import sys
+
+import llmkit
+
+config = llmkit.Config.of(models={"m": {"provider": "vllm", "model": "m", "base_url": sys.argv[1]}})
+client = llmkit.Client(config=config, model="m")
+reply = client.stream("hello")
+"""
+
+
+def test_a_script_that_closes_nothing_ends_quietly_and_settles_what_arrives(tmp_path) -> None:
+    simulator = Simulator()
+    simulator.fail(Fault.stall(after=1), times=1)
+    with simulator.server() as url:
+        environ = {**os.environ, "LLMKIT_DATA_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", UNCLOSED, url]
+        done = subprocess.run(command, capture_output=True, timeout=30, check=False, env=environ)
+    assert (done.returncode, done.stderr) == (0, b"")
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite3")
+    assert [row["status"] for row in ledger.calls()] == ["aborted"]
+    ledger.close()
