@@ -29,6 +29,11 @@ os.environ |= {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # nbval would start a second coverage inside each kernel; coverage's own way into subprocesses measures them already.
+    config.option.cov_source = None
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="fail when anything was skipped: nothing may be missing")
 
