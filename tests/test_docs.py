@@ -15,6 +15,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from llmkit.config import Config
 from llmkit.providers.catalog import CATALOG, QUIRKS
 from llmkit.settings import flat_names
+from llmkit.testing import Fault
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -145,6 +146,13 @@ def test_every_command_of_the_shell_is_documented() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     names = [path.stem for path in (ROOT / "llmkit" / "commands").glob("*.py") if path.stem != "__init__"]
     assert [name for name in names if f"llmkit {name}" not in text] == []
+
+
+def test_every_fault_is_documented() -> None:
+    page = (ROOT / "docs" / "testing.md").read_text("utf-8")
+    faults = [name for name, value in vars(Fault).items() if isinstance(value, classmethod)]
+    assert len(faults) > 20
+    assert [name for name in faults if f"Fault.{name}(" not in page] == []
 
 
 def test_no_loop_is_left_running_by_the_pages() -> None:
