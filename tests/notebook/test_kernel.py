@@ -49,7 +49,8 @@ class Kernel:
             self.messages.append(message)
             if done(message):
                 return message
-        raise AssertionError(f"not seen in {[m['msg_type'] for m in self.messages]}")
+            assert message["content"].get("execution_state") != "idle", f"not seen in {self.outputs()}"
+        raise AssertionError(f"not seen in {self.outputs()}")
 
     def rest(self):
         """Read to the end of the cell; the status of its reply."""

@@ -11,6 +11,7 @@ from IPython.utils.capture import capture_output
 
 from llmkit.errors import AllModelsFailed, ConfigError, InvalidRequest, LLMKitError, StreamBroken, TemplateError
 from llmkit.notebook.asking import Interrupted
+from llmkit.notebook.display import Terminal
 from llmkit.notebook.magics import LLMMagics
 from tests.notebook.server import CUT, Gone, refused, said, silent
 
@@ -263,21 +264,27 @@ def test_a_partial_answer_stays(shell, server) -> None:
     assert shell.user_ns["a"].outcome.status == "failed"
 
 
-def interrupting(server, *parts):
-    """Play ``parts``, then fall silent, and interrupt this process once the server got there."""
-    gone = Gone()
-    server.next(said(*parts, gone) if parts else silent(gone))
+def interrupt_at(moment):
+    """Interrupt this process once ``moment`` has come."""
 
     def press() -> None:
-        if gone.reached.wait(30):
+        if moment.wait(30):
             os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press, daemon=True).start()
-    return gone
 
 
-def test_an_interrupt_keeps_what_had_arrived(shell, server) -> None:
-    gone = interrupting(server, "The beginning ")
+def test_an_interrupt_keeps_what_had_arrived(shell, server, monkeypatch) -> None:
+    gone, seen = Gone(), threading.Event()
+    growing = Terminal.growing
+
+    def drawn(view, text, status) -> None:
+        growing(view, text, status)
+        seen.set()
+
+    monkeypatch.setattr(Terminal, "growing", drawn)
+    server.next(said("The beginning ", gone))
+    interrupt_at(seen)
     shown = run(shell, "%%llm a <<\nhi")
     assert isinstance(shown.error, Interrupted)
     assert gone.left.wait(30)
@@ -289,7 +296,9 @@ def test_an_interrupt_keeps_what_had_arrived(shell, server) -> None:
 
 
 def test_an_interrupt_before_anything_arrived(shell, server) -> None:
-    gone = interrupting(server)
+    gone = Gone()
+    server.next(silent(gone))
+    interrupt_at(gone.reached)
     shown = run(shell, "%%llm a <<\nhi")
     assert isinstance(shown.error, Interrupted)
     assert gone.left.wait(30)
