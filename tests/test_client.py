@@ -98,7 +98,13 @@ def test_messages_of_every_form_and_a_system_prompt(client, simulator) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "error"),
-    [(3, TypeError), ([3], TypeError), ([{"role": "user"}], ValueError), ([{"role": "user", "content": 3}], TypeError), ([], ValueError)],
+    [
+        (3, TypeError),
+        ([3], TypeError),
+        ([{"role": "user"}], ValueError),
+        ([{"role": "user", "content": 3}], TypeError),
+        ([], ValueError),
+    ],
 )
 def test_what_is_no_prompt_is_refused_before_anything_is_sent(client, simulator, prompt, error) -> None:
     with pytest.raises(error):
@@ -180,7 +186,9 @@ def test_circuits_are_seen_and_reset(tmp_path) -> None:
 # -- where it is used from -----------------------------------------------------------------------------------------------
 
 
-def test_inside_a_loop_that_runs_the_sync_client_works_and_the_async_one_is_awaited(client, tmp_path, simulator) -> None:
+def test_inside_a_loop_that_runs_the_sync_client_works_and_the_async_one_is_awaited(
+    client, tmp_path, simulator
+) -> None:
     async def cell() -> None:
         assert client.complete("x").text == "one two three"  # as in a notebook, whose loop runs
         async with llmkit.AsyncClient(transport=simulator, **settings(tmp_path / "b")) as own:
@@ -310,7 +318,11 @@ except KeyboardInterrupt:
 def started(url: str, tmp_path: Path) -> subprocess.Popen[str]:
     environ = {**os.environ, "LLMKIT_DATA_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), url], env=environ, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), url],
+        env=environ,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
     )
 
 

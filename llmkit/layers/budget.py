@@ -88,7 +88,9 @@ class Budget:
         }
         # The cheap bound first: most calls are far below their cap, and then nothing need be counted.
         bound = tokens.upper_bound(call.messages, model=endpoint.model, extra=extra)
-        if _fits(prices.worst_case(endpoint, bound, wanted or windows.max_output(endpoint) or MOST_OUTPUT, **terms), left):
+        if _fits(
+            prices.worst_case(endpoint, bound, wanted or windows.max_output(endpoint) or MOST_OUTPUT, **terms), left
+        ):
             return None
         counted = await tokens.safe_count(endpoint, call.messages, extra=extra)
         affordable = prices.affordable_output(endpoint, counted, left, **terms)

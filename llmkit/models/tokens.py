@@ -167,9 +167,7 @@ async def counted(endpoint: Endpoint, messages: Sequence[Message], text: str, re
     )
 
 
-async def safe_count(
-    endpoint: Endpoint, messages: Sequence[Message], *, extra: Mapping[str, Any] | None = None
-) -> int:
+async def safe_count(endpoint: Endpoint, messages: Sequence[Message], *, extra: Mapping[str, Any] | None = None) -> int:
     """Input tokens that will not be exceeded: as near as the encoding allows, `upper_bound` where it is unknown."""
     if not endpoint.simulated and encoding_for(endpoint.model) is None:
         return upper_bound(messages, model=endpoint.model, extra=extra)

@@ -32,7 +32,12 @@ print(json.dumps({{"load_ms": load * 1000, "memory_mb": memory, "cell_ms": (time
 
 
 def measured(extension: str, tmp_path, rounds: int = 7) -> dict[str, float]:
-    environ = {**os.environ, "LLMKIT_OFFLINE": "1", "LLMKIT_DATA_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environ = {
+        **os.environ,
+        "LLMKIT_OFFLINE": "1",
+        "LLMKIT_DATA_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
     code = textwrap.dedent(SHELL).format(extension=extension, bystander="")
     runs = []
