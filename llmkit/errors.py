@@ -111,6 +111,10 @@ class LLMKitError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are made anew from `args` alone, which lacks the keywords. A live reply stays in its process.
+        return _revived, (type(self), self.args, {**self.__dict__, "reply": None})
+
     def block(self) -> str:
         """The error as a person reads it: one to four short lines of plain text."""
         lines = [f"{type(self).__name__}: {self.message}"]
@@ -127,6 +131,13 @@ class LLMKitError(Exception):
     def _render_traceback_(self) -> list[str]:
         # IPython's own hook: the cell fails (so "Run all" stops) without a page of frames.
         return self.block().split("\n")
+
+
+def _revived(kind: type[LLMKitError], args: tuple[Any, ...], state: dict[str, Any]) -> LLMKitError:
+    """An error out of its pickle, so that it gets from a worker process to whoever waits for it."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class CallRejected(LLMKitError):

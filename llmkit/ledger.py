@@ -124,6 +124,16 @@ class Ledger:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the store is there already, so that writing need not wait for it to be opened."""
+        return self._store is not None
+
+    async def open_store(self) -> None:
+        """Open the store, off the event loop. A write does it too; before one, it holds up no attempt's time limit."""
+        if self._store is None:
+            await asyncio.to_thread(self._ready)
+
     def call_began(self, call: Call) -> None:
         """Remember the call. It is written with its first attempt, or when it ends."""
         begun = CallBegun(call.request_id, call.started_at, call.user, _tags(call), call.model, current_owner())
@@ -185,8 +195,7 @@ class Ledger:
 
     async def _write(self, entry: _Entry) -> None:
         """Bring the entry's changes into the store, and return when they are there."""
-        if self._store is None:
-            await asyncio.to_thread(self._ready)
+        await self.open_store()
         try:
             waiting = self._commit(entry)
             if waiting is not None:

@@ -35,9 +35,12 @@ class Meter:
         trail.attempts_begun += 1
         number = trail.attempts_begun
         started_at, started = self._clock.time(), self._clock.now()
-        await self._ledger.attempt_began(call, number, call.endpoint, started_at)
-        if trail.listener is not None:
-            emit(call, AttemptStarted(call.request_id, call.endpoint.name, number))
+
+        async def begun() -> Reply:
+            await self._ledger.attempt_began(call, number, call.endpoint, started_at)
+            if trail.listener is not None:
+                emit(call, AttemptStarted(call.request_id, call.endpoint.name, number))
+            return await call_next(call)
 
         async def ended(outcome: Outcome) -> None:
             attempt, cost = await self._booked(call, number, started_at, started, outcome)
@@ -46,7 +49,7 @@ class Meter:
             if trail.listener is not None:
                 emit(call, AttemptEnded(call.request_id, attempt))
 
-        return await settled(call_next(call), ended)
+        return await settled(begun(), ended)
 
     async def _booked(
         self, call: Call, number: int, started_at: float, started: float, outcome: Outcome
@@ -87,13 +90,16 @@ class Meter:
 
     async def _usage(self, call: Call, outcome: Outcome) -> Usage | None:
         """What the provider reported; where it did not, what can be counted here; None where nothing was answered."""
-        reply = outcome.reply
+        # An answer without a word in it is an error before it is a reply, and billed all the same.
+        reply = outcome.reply or (outcome.error.reply if isinstance(outcome.error, ProviderError) else None)
         if reply is None:
             return outcome.error.usage if isinstance(outcome.error, ProviderError) else None
         usage = reply.head.usage
         # Usage on a running stream counts what had been sent by then: of a stream that was broken off it is the floor.
-        if usage is None or outcome.status != "complete":
-            text = "".join([chunk.text for chunk in reply.arrived])
+        # And a count of zero, or one that is no number, comes from a server that does not count.
+        broken = outcome.reply is not None and outcome.status != "complete"
+        if usage is None or broken or not usage.input_tokens or not usage.output_tokens:
+            text = "".join([chunk.text for chunk in reply.arrived]) + _unshown(reply.head)
             reasoning = "".join([chunk.reasoning for chunk in reply.arrived])
             counted = await tokens.counted(call.endpoint, call.messages, text, reasoning)
             usage = counted if usage is None else _larger(usage, counted)
@@ -101,13 +107,20 @@ class Meter:
         return usage
 
 
+def _unshown(head: Head) -> str:
+    """Output that is billed and is not in the text."""
+    functions = [call.get("function") or {} for call in head.tool_calls]
+    named = "".join([f"{each.get('name', '')}{each.get('arguments', '')}" for each in functions])
+    return named + (head.refusal or "")
+
+
 def _larger(reported: Usage, counted: Usage) -> Usage:
-    """The report, unless more output than it knows of has arrived."""
-    if reported.output_tokens >= counted.output_tokens:
+    """The report, unless more than it knows of was sent or has arrived."""
+    if reported.input_tokens and reported.output_tokens >= counted.output_tokens:
         return reported
     return Usage(
         input_tokens=reported.input_tokens or counted.input_tokens,
-        output_tokens=counted.output_tokens,
+        output_tokens=max(reported.output_tokens, counted.output_tokens),
         cached_input_tokens=reported.cached_input_tokens,
         cache_write_tokens=reported.cache_write_tokens,
         cache_write_1h_tokens=reported.cache_write_1h_tokens,

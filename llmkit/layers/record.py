@@ -34,4 +34,11 @@ class Record:
                 outcome.error.request_id = call.request_id
             await self._ledger.call_ended(call, outcome)
 
-        return await settled(call_next(call), ended)
+        ledger = self._ledger
+        return await settled(call_next(call) if ledger.is_open else _once_open(ledger, call, call_next), ended)
+
+
+async def _once_open(ledger: Ledger, call: Call, call_next: CallNext) -> Reply:
+    """A disk may be slow to begin with, and that is not the provider's time."""
+    await ledger.open_store()
+    return await call_next(call)

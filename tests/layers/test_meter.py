@@ -15,7 +15,7 @@ from llmkit.layers.record import Record
 from llmkit.layers.retry import Retry
 from llmkit.ledger import Ledger
 from llmkit.pipeline import Pipeline
-from llmkit.reply import Usage
+from llmkit.reply import Head, Reply, Usage
 from llmkit.testing import FakeClock
 from tests.layers.script import HANG, Script, call_for, endpoint, outcomes, run
 
@@ -86,6 +86,90 @@ def test_a_broken_stream_is_booked_at_what_arrived_and_marked_as_estimated() -> 
         (attempt,) = book.attempts
         assert (attempt["output_tokens"], attempt["estimated"], attempt["maybe_billed"]) == (2, True, True)
         assert (book.call["status"], book.call["error"]) == ("failed", "StreamBroken")
+
+    run(main)
+
+
+@pytest.mark.parametrize("reported", [None, Usage(), Usage(0, 7), Usage(9, 0)])
+def test_a_report_that_counts_nothing_is_counted_here(reported) -> None:
+    async def main() -> None:
+        book = Book(["one two", " three"])
+
+        async def counts_nothing(call):
+            reply = await book.below(call)
+
+            async def misreported(batches):
+                async for batch in batches:
+                    yield batch
+                reply.head.usage = reported
+
+            return reply.watched(misreported)
+
+        book.chain = Pipeline([Record(book.ledger), Meter(book.ledger, book.clock)], counts_nothing)
+        await book.ask(prompt="how many words are there?")
+        (attempt,) = book.attempts
+        assert attempt["estimated"] is True
+        assert attempt["input_tokens"] >= 5
+        assert attempt["output_tokens"] >= 3
+        assert attempt["cost_usd"] > 0
+
+    run(main)
+
+
+def test_an_answer_without_a_word_is_billed_although_nobody_reports_it() -> None:
+    async def main() -> None:
+        refused = errors.Refused("no", reason="no")
+        book = Book(refused)
+        head = Head()
+        head.refusal = "I would rather not."
+        refused.reply = Reply(call_for(book.clock), None, head=head, clock=book.clock)
+        await book.ask(prompt="how many words are there?")
+        (attempt,) = book.attempts
+        assert (attempt["status"], attempt["error"], attempt["estimated"]) == ("failed", "Refused", True)
+        assert attempt["input_tokens"] >= 5
+        assert attempt["output_tokens"] >= 4
+
+    run(main)
+
+
+def test_a_tool_call_is_output_too() -> None:
+    async def main() -> None:
+        book = Book(["a"])
+
+        async def calls_a_tool(call):
+            reply = await book.below(call)
+            reply.head.tool_calls.append({"function": {"name": "weather", "arguments": '{"city": "Bern", "days": 3}'}})
+            return reply.watched(silent)
+
+        async def silent(_):
+            return
+            yield
+
+        book.chain = Pipeline([Record(book.ledger), Meter(book.ledger, book.clock)], calls_a_tool)
+        await book.ask()
+        assert book.attempts[0]["output_tokens"] >= 8
+
+    run(main)
+
+
+def test_an_attempt_that_is_cancelled_while_it_is_written_down_ends_all_the_same() -> None:
+    async def main() -> None:
+        book = Book(["a"], auto=False)
+        written, slow = book.ledger.attempt_began, asyncio.Event()
+
+        async def slowly(*given):
+            await written(*given)
+            slow.set()
+            await asyncio.Event().wait()
+
+        book.ledger.attempt_began = slowly
+        task = asyncio.create_task(book.ask())
+        await slow.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        (attempt,) = book.attempts
+        assert (book.call["status"], attempt["status"]) == ("aborted", "aborted")
+        assert not book.below.calls
 
     run(main)
 

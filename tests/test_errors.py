@@ -1,0 +1,46 @@
+"""llmkit.errors: what errors must do wherever they come from."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from llmkit import errors
+
+OVERLOADED = errors.ProviderOverloaded("503", provider="p", model="m", status=503, retry_after=2.0)
+EACH = [
+    errors.AllModelsFailed("none", [OVERLOADED, errors.StoreError("s")]),
+    errors.BudgetExceeded("no", scope="request", limit=Decimal(1), needed=Decimal(2)),
+    errors.CircuitOpen("open", endpoint="p:m", state="open", retry_after=3.0),
+    errors.ConfigError("wrong", file=Path("llmkit.toml"), line=3),
+    errors.ContextTooLong("long", tokens=2, window=1),
+    errors.EmptyReply("empty", reasoning_tokens=9),
+    errors.FirstTokenTimeout("slow", limit=3.0, provider="p"),
+    errors.GuardrailBlocked("no", stage="input", guard="g", reason="r"),
+    errors.PriceUnknown("price", model="m"),
+    errors.RateLimited("wait", retry_after=1.0),
+    errors.Refused("no", reason="r"),
+    errors.StreamBroken("cut", text_so_far="abc"),
+    errors.TemplateError("name", name="df"),
+    OVERLOADED,
+]
+
+
+@pytest.mark.parametrize("error", EACH, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("way", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy])
+def test_an_error_gets_out_of_a_worker_process_whole(error, way) -> None:
+    error.spent = Decimal("0.01")
+    twin = way(error)
+    assert type(twin) is type(error)
+    assert (str(twin), twin.block(), twin.spent) == (str(error), error.block(), error.spent)
+    assert {name for name, value in vars(error).items() if repr(value) != repr(vars(twin)[name])} == set()
+
+
+def test_a_reply_stays_in_its_process() -> None:
+    error = errors.StreamBroken("cut", text_so_far="abc")
+    error.reply = object()
+    assert pickle.loads(pickle.dumps(error)).reply is None
