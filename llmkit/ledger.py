@@ -173,7 +173,8 @@ class Ledger:
                 AttemptBegun(call.request_id, attempt.number, attempt.started, attempt.provider, attempt.model, None)
             )
         entry.changes.append(_attempt_ended(call.request_id, attempt, cost))
-        asyncio.get_running_loop().call_soon(self._write_soon, entry, len(entry.changes))
+        if attempt.status == "failed":  # a pause may follow; after any other end the call's own comes in this turn
+            asyncio.get_running_loop().call_soon(self._write_soon, entry, len(entry.changes))
 
     async def call_ended(self, call: Call, outcome: Outcome) -> None:
         """Write how the call ended, and all that was remembered of it. Never fails."""

@@ -108,6 +108,8 @@ class Options:
 
     def params(self) -> Params:
         """What shapes the answer."""
+        if self is _NONE:
+            return _DEFAULT
         return Params(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -134,6 +136,7 @@ class Options:
 
 _NAMES = tuple(field.name for field in fields(Options))
 _NONE = Options()
+_DEFAULT = Params()
 
 
 def _text(name: str, value: object) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit.errors import BudgetExceeded, PriceUnknown
 from llmkit.models import prices, tokens, windows
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from llmkit.call import Call
     from llmkit.clock import Clock
+    from llmkit.endpoint import Endpoint
     from llmkit.pipeline import CallNext
     from llmkit.reply import Chunk, Reply
 
@@ -25,6 +26,7 @@ __all__ = ["Budget"]
 
 # No model of today gives more output than this, so a cap that affords it needs no limit on the wire.
 MOST_OUTPUT = 131_072
+ROOMY = 4_096  # tokens; a longer prompt is looked at each time
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +37,22 @@ class _Allowance:
     cap: str
 
 
+class _Harmless(NamedTuple):
+    """A prompt of up to ``tokens`` was found unable to reach ``cap`` at this endpoint, at prices of this minute."""
+
+    endpoint: Endpoint
+    cap: Decimal
+    wanted: int | None
+    minute: float
+    tokens: int
+
+
 class Budget:
     """Keeps ``call.max_cost_usd``, ``call.max_total_tokens``, a link's ``max_cost_usd`` and ``params.max_tokens``."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._harmless: dict[int, _Harmless] = {}
 
     async def __call__(self, call: Call, call_next: CallNext) -> Reply:
         allowance = await self._allowance(call)
@@ -59,10 +72,9 @@ class Budget:
         Raises:
             BudgetExceeded, PriceUnknown: before anything is sent.
         """
-        caps = [c for c in (await self._by_cost(call), await self._by_tokens(call)) if c is not None]
-        if call.params.max_tokens is not None:
-            caps.append(_Allowance(call.params.max_tokens, "max_tokens"))
-        return min(caps, key=lambda allowance: allowance.tokens, default=None)
+        by_cost, by_tokens, wanted = await self._by_cost(call), await self._by_tokens(call), call.params.max_tokens
+        caps = [cap for cap in (by_cost, by_tokens, wanted and _Allowance(wanted, "max_tokens")) if cap]
+        return min(caps, key=lambda allowance: allowance.tokens) if caps else None
 
     async def _by_cost(self, call: Call) -> _Allowance | None:
         endpoint, link = call.endpoint, call.link
@@ -71,26 +83,30 @@ class Budget:
             cap, scope = link.max_cost_usd, "link"
         if cap is None or prices.is_free(endpoint):
             return None
+        at, extra, wanted = self._clock.time(), call.params.extra, call.params.max_tokens
+        bound = tokens.upper_bound(call.messages, model=endpoint.model, extra=extra)
+        plain = not extra and not call.trail.attempts and all(isinstance(m.content, str) for m in call.messages)
+        if plain and self._is_harmless(endpoint, cap, wanted, at, bound):
+            return None
         await prices.ready(endpoint)
-        at = self._clock.time()
         if not prices.is_known(endpoint, at=at):
             if call.max_cost_is_default and scope == "request":
                 return None  # nobody asked for this cap; the reply says that its cost is unknown
             message = f"the price of {endpoint.name} is unknown, so a cap of ${cap} could not be kept"
             raise PriceUnknown(message, model=endpoint.name)
         left = cap - (call.trail.spent or Decimal(0))
-        wanted = call.params.max_tokens
-        extra = call.params.extra
         terms: dict[str, Any] = {
             "at": at,
             "service_tier": extra.get("service_tier") if extra else None,
             "cache_writes": prices.asks_for_cache(call.messages, extra),
         }
         # The cheap bound first: most calls are far below their cap, and then nothing need be counted.
-        bound = tokens.upper_bound(call.messages, model=endpoint.model, extra=extra)
-        if _fits(
-            prices.worst_case(endpoint, bound, wanted or windows.max_output(endpoint) or MOST_OUTPUT, **terms), left
-        ):
+        output = wanted or windows.max_output(endpoint) or MOST_OUTPUT
+        roomy = max(bound, ROOMY)
+        if plain and _fits(prices.worst_case(endpoint, roomy, output, **terms), left):
+            self._harmless[id(endpoint)] = _Harmless(endpoint, cap, wanted, at // 60, roomy)
+            return None
+        if _fits(prices.worst_case(endpoint, bound, output, **terms), left):
             return None
         counted = await tokens.safe_count(endpoint, call.messages, extra=extra)
         affordable = prices.affordable_output(endpoint, counted, left, **terms)
@@ -106,6 +122,17 @@ class Budget:
                 spent_before=cap - left,
             )
         return _Allowance(affordable, "max_cost")
+
+    def _is_harmless(self, endpoint: Endpoint, cap: Decimal, wanted: int | None, at: float, bound: int) -> bool:
+        known = self._harmless.get(id(endpoint))
+        return (
+            known is not None
+            and known.endpoint is endpoint
+            and known.cap == cap
+            and known.wanted == wanted
+            and known.minute == at // 60
+            and bound <= known.tokens
+        )
 
     async def _by_tokens(self, call: Call) -> _Allowance | None:
         cap = call.max_total_tokens

@@ -372,15 +372,25 @@ def _rates(above: int, prices: Mapping[str, Decimal | None], wire: str) -> _Rate
     )
 
 
-@lru_cache(maxsize=256)
 def _config_tariff(price: Price, wire: str) -> _Tariff:
+    # Remembered by identity: hashing a price's decimals costs more than the rest of a call's pricing.
+    held = _CONFIGURED.get((id(price), wire))
+    if held is not None and held[0] is price:
+        return held[1]
     prices = {
         "input_mtok": price.input,
         "cache_read_mtok": price.cached_input,
         "cache_write_mtok": price.cache_write,
         "output_mtok": price.output,
     }
-    return _made((_rates(-1, prices, wire),), "config", wire)
+    tariff = _made((_rates(-1, prices, wire),), "config", wire)
+    if len(_CONFIGURED) >= 256:
+        _CONFIGURED.clear()
+    _CONFIGURED[id(price), wire] = (price, tariff)
+    return tariff
+
+
+_CONFIGURED: dict[tuple[int, str], tuple[Price, _Tariff]] = {}
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
