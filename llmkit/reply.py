@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from llmkit.errors import EmptyReply, LLMKitError, Refused, StreamBroken
+from llmkit.redaction import tidy
 from llmkit.shield import shielded
 
 if TYPE_CHECKING:
@@ -333,7 +334,7 @@ class Reply:
         }
         if head.refusal or head.finish_reason in {"content_filter", "refusal"}:
             reason = head.refusal or "stopped by the provider's content filter"
-            return Refused(f"{self.provider}:{self.model} refused: {reason}", reason=reason, **fields)
+            return Refused(f"{self.provider}:{self.model} refused: {tidy(reason)}", reason=reason, **fields)
         if head.tool_calls or any(chunk.text for chunk in self.arrived):
             return None
         reasoning = head.usage.reasoning_tokens if head.usage else None

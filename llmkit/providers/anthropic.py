@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import InvalidRequest
 from llmkit.models.windows import max_output
-from llmkit.providers.wire import ErrorInside, Malformed, Signal, ToolCalls, amount, encoded, merged, parsed
+from llmkit.providers.wire import ErrorInside, Malformed, Signal, ToolCalls, amount, encoded, merged, name_in, parsed
 from llmkit.reply import Chunk, Usage
 
 if TYPE_CHECKING:
@@ -188,16 +188,16 @@ class AnthropicDecoder:
     def _describe(self, message: dict[str, Any]) -> None:
         model = message.get("model")
         if type(model) is str and model:
-            self.head.model = model[:200]
+            self.head.model = name_in(model)
         identity = message.get("id")
         if self.head.provider_request_id is None and type(identity) is str and identity:
-            self.head.provider_request_id = identity[:200]
+            self.head.provider_request_id = name_in(identity)
         self._count(message.get("usage"))
 
     def _stopped(self, message: dict[str, Any]) -> None:
         reason = message.get("stop_reason")
         if type(reason) is str:
-            self.head.finish_reason = _FINISH_REASONS.get(reason, reason[:100])
+            self.head.finish_reason = _FINISH_REASONS.get(reason) or name_in(reason)
 
     def _count(self, usage: Any) -> None:
         """What ``message_delta`` counts is cumulative, but leaves out what ``message_start`` has said."""
@@ -207,7 +207,7 @@ class AnthropicDecoder:
         self.head.usage = usage_from(self._usage)
         tier = usage.get("service_tier")
         if type(tier) is str:
-            self.head.service_tier = tier[:200]
+            self.head.service_tier = name_in(tier)
 
 
 def usage_from(usage: dict[str, Any]) -> Usage:

@@ -140,7 +140,7 @@ def error_from(
 ) -> LLMKitError:
     """The error to raise. ``status`` None means that it came inside a stream; ``now`` is in epoch seconds."""
     if status is None:
-        status = complaint.status or next((_STATUS_OF[kind] for kind in complaint.kinds if kind in _STATUS_OF), 500)
+        status = complaint.status or _status_of(complaint.kinds)
         said = f"{endpoint.name} broke off"
     else:
         said = f"{endpoint.name} answered {status}"
@@ -164,6 +164,13 @@ def error_from(
         fields["retryable"] = should_retry(headers)
     error: ProviderError = kind(message, next_step=_next_step(kind, complaint, status, endpoint), **fields)
     return error
+
+
+def _status_of(kinds: frozenset[str]) -> int:
+    told = next((_STATUS_OF[kind] for kind in kinds if kind in _STATUS_OF), None)
+    if told is not None:
+        return told
+    return 400 if kinds & (_QUOTA_CODES | _KEY_CODES | _MODEL_CODES | _CONTEXT_CODES | _FILTER_CODES) else 500
 
 
 def _next_step(kind: type[LLMKitError], complaint: Complaint, status: int, endpoint: Endpoint) -> str | None:

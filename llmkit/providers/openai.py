@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmkit.providers.wire import ErrorInside, Malformed, Signal, ToolCalls, amount, merged, parsed, text_in
+from llmkit.providers.wire import ErrorInside, Malformed, Signal, ToolCalls, amount, merged, name_in, parsed, text_in
 from llmkit.reply import Chunk, Usage
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenAIDecoder", "OpenAIWire"]
 
+_MOST_REFUSAL = 10_000  # characters; it goes into an error
 _RESERVED = frozenset({"messages", "model", "stream"})
 
 
@@ -90,7 +91,7 @@ class OpenAIDecoder:
             delta = choice.get("message")  # a server that streams whole messages
         finish_reason = choice.get("finish_reason")
         if type(finish_reason) is str:
-            self.head.finish_reason = finish_reason
+            self.head.finish_reason = name_in(finish_reason)
         if type(delta) is dict:
             return self._delta(delta)
         if delta is not None:
@@ -107,7 +108,7 @@ class OpenAIDecoder:
             return None
         finish_reason = choice.get("finish_reason")
         if type(finish_reason) is str:
-            self.head.finish_reason = finish_reason
+            self.head.finish_reason = name_in(finish_reason)
         message = choice.get("message")
         if type(message) is not dict:
             raise Malformed("the choice has no message")
@@ -136,23 +137,25 @@ class OpenAIDecoder:
         return None
 
     def _describe(self, document: dict[str, Any]) -> None:
-        if document.get("object") == "error":
+        if document.get("object") == "error" or ("choices" not in document and _complains(document)):
             raise ErrorInside(document)
         head = self.head
         for name in ("model", "service_tier"):
             value = document.get(name)
             if type(value) is str and value:
-                setattr(head, name, value[:200])
+                setattr(head, name, name_in(value))
         identity = document.get("id")
         if head.provider_request_id is None and type(identity) is str and identity:
-            head.provider_request_id = identity[:200]
+            head.provider_request_id = name_in(identity)
         self._described = head.model is not None
 
     def _delta(self, delta: dict[str, Any]) -> Chunk | Signal | None:
         step: Signal | None = None
         refusal = delta.get("refusal")
         if refusal and type(refusal) is str:
-            self.head.refusal = (self.head.refusal or "") + refusal
+            told = self.head.refusal or ""
+            if len(told) < _MOST_REFUSAL:
+                self.head.refusal = (told + refusal)[:_MOST_REFUSAL]
             step = Signal.PROGRESS
         tool_calls = delta.get("tool_calls")
         if tool_calls:
@@ -177,6 +180,11 @@ class OpenAIDecoder:
 
     def finish(self) -> None:
         self._tools.finish()
+
+
+def _complains(document: dict[str, Any]) -> bool:
+    """Whether it is an error although it has no ``error``: some servers tell that by the event's name alone."""
+    return any(type(document.get(name)) is str for name in ("message", "detail"))
 
 
 def usage_from(usage: dict[str, Any]) -> Usage:

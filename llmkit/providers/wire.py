@@ -6,6 +6,7 @@ A format is one class in one file of this package. It knows nothing of sockets, 
 from __future__ import annotations
 
 import json
+import re
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +28,7 @@ __all__ = [
     "amount",
     "encoded",
     "merged",
+    "name_in",
     "parsed",
     "text_in",
 ]
@@ -91,11 +93,11 @@ class ToolCalls:
             self._head.tool_calls.append(call)
         function = piece.get("function")
         if type(piece.get("id")) is str:
-            call["id"] = piece["id"][:200]
+            call["id"] = name_in(piece["id"])
         if type(function) is not dict:
             return
         if type(function.get("name")) is str and function["name"]:
-            call["function"]["name"] = function["name"][:200]
+            call["function"]["name"] = name_in(function["name"])
         arguments = function.get("arguments")
         if type(arguments) is str and arguments:
             self._pieces[index].append(arguments)
@@ -135,9 +137,22 @@ def encoded(body: Any) -> bytes:
     return _encode(body).encode("utf-8", "replace")  # "replace": a lone surrogate is a question mark, not a crash
 
 
+# Every escape, so that none is taken for a part of another; the group is half of a surrogate pair, which no text can
+# hold that is to be printed or stored.
+_ESCAPE = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u([dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
+
+
+def _whole(escape: re.Match[str]) -> str:
+    return "\\ufffd" if escape[1] else escape[0]
+
+
 def parsed(payload: bytes) -> Any:
     """Parse JSON from a server; bytes that are not UTF-8 become U+FFFD."""
     text = payload.decode("utf-8", "replace")
+    if "\\ud" in text or "\\uD" in text:
+        text = _ESCAPE.sub(_whole, text)
     try:
         document, end = _scan(text, 0)
         if end == len(text):
@@ -152,6 +167,11 @@ def parsed(payload: bytes) -> Any:
         raise Malformed("not JSON") from error
 
 
+# A cap on cost rests on these.
+_LIMITS = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens"})
+_ANSWERS = frozenset({"n", "best_of"})
+
+
 def merged(body: dict[str, Any], extra: Any, reserved: frozenset[str]) -> dict[str, Any]:
     """``body`` with the user's own fields; those that llmkit itself must know of are refused.
 
@@ -159,10 +179,18 @@ def merged(body: dict[str, Any], extra: Any, reserved: frozenset[str]) -> dict[s
         ValueError: naming the field.
     """
     for name, value in extra.items():
-        if name in reserved:
+        if name in reserved or name in _LIMITS:
             raise ValueError(f"{name!r} cannot be set through extra: it has a parameter of its own")
+        if name in _ANSWERS and value not in (1, None):
+            raise ValueError(f"{name!r} must be 1: a reply is one answer, and each further one is billed")
         body[name] = value
     return body
+
+
+def name_in(value: str) -> str:
+    """A name from a server, fit for a person and a store: at most 200 characters, none of them a control."""
+    value = value[:200]
+    return value if value.isprintable() else "".join([char if char.isprintable() else "\ufffd" for char in value])
 
 
 def text_in(content: Any) -> str:

@@ -59,10 +59,17 @@ def test_the_headers_of_a_request() -> None:
     assert request.headers["content-type"] == "application/json"
 
 
-@pytest.mark.parametrize("name", ["messages", "model", "stream"])
+@pytest.mark.parametrize("name", ["messages", "model", "stream", "max_tokens", "max_completion_tokens"])
 def test_extra_cannot_change_what_llmkit_must_know(name) -> None:
     with pytest.raises(InvalidRequest, match=name):
         asked(params=Params(extra={name: 1}))
+
+
+@pytest.mark.parametrize("name", ["n", "best_of"])
+def test_extra_cannot_ask_for_answers_that_are_billed_and_never_read(name) -> None:
+    with pytest.raises(InvalidRequest, match="one answer"):
+        asked(params=Params(extra={name: 2}))
+    asked(params=Params(extra={name: 1}))
 
 
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}, object()])
@@ -183,6 +190,54 @@ def test_a_refusal(stream) -> None:
     error = failure(body, stream=stream)
     assert (type(error), error.reason) == (Refused, "I won't")
     assert stream or error.usage == Usage(10, 5)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_refusal_without_end_is_cut_and_shown_on_one_line(stream) -> None:
+    words = "no \x1b[2Jno\n" * 5_000
+    if stream:
+        body = frames(
+            *[{"choices": [{"delta": {"refusal": words[at : at + 50]}}]} for at in range(0, len(words), 50)], STOP
+        )
+    else:
+        message = {"content": None, "refusal": words}
+        body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+    error = failure(body, stream=stream)
+    assert type(error) is Refused
+    assert len(error.reason) == 10_000
+    assert len(error.message) < 600
+    assert error.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        (r"a\ud800b", "a\ufffdb"),
+        (r"\udc00\uD83D", "\ufffd\ufffd"),
+        (r"\ud83d\ude00\n", "😀\n"),
+        (r"\\ud800", r"\ud800"),
+        (r"\\\ud800", "\\\ufffd"),
+    ],
+)
+def test_half_a_surrogate_pair_is_no_text(sent, read) -> None:
+    body = b'data: {"choices":[{"delta":{"content":"%s"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n' % sent.encode()
+    assert ask(body).text == read
+
+
+def test_names_from_a_server_are_short_and_printable() -> None:
+    strange = "m\x1b[2J\n\ud800" + "x" * 1000
+    document = {**HELLO, "id": strange, "model": strange}
+    document["choices"] = [{**HELLO["choices"][0], "finish_reason": strange}]
+    reply = ask(json.dumps(document).encode())
+    for name in (reply.model, reply.finish_reason, reply.head.provider_request_id):
+        assert name.isprintable()
+        assert len(name) == 200
+
+
+@pytest.mark.parametrize("document", [{"message": "out of memory"}, {"detail": "out of memory"}])
+def test_an_error_that_only_the_name_of_its_event_tells(document) -> None:
+    error = failure(b"event: error\ndata: " + json.dumps(document).encode() + b"\n\n", stream=True)
+    assert "out of memory" in str(error)
 
 
 @pytest.mark.parametrize("stream", [True, False])
