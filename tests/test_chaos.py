@@ -50,7 +50,10 @@ FAULTS = [
     Fault.error_in_stream(),
     Fault.error_in_stream(0),
     *[Fault.usage(variant) for variant in ("none", "null", "with_choices", "each_chunk")],
-    *[Fault.framing(variant) for variant in ("halves", "bytes", "crlf", "comments", "no_space", "extra_fields", "glued")],
+    *[
+        Fault.framing(variant)
+        for variant in ("halves", "bytes", "crlf", "comments", "no_space", "extra_fields", "glued")
+    ],
     Fault.refusal(),
     Fault.content_filter(),
     Fault.reasoning_only(),
@@ -69,9 +72,7 @@ class Chaos:
         # A breaker that opened would end the chaos early; what it does has tests of its own.
         breakers = Breakers(BreakerSettings(failures=1000, rate=1.0, minimum_calls=1000), clock)
         self.provider = Provider(clock, environ={}, **({"simulator": simulator} if url is None else {}))
-        self.chain = Pipeline(
-            standard(config, clock=clock, ledger=self.ledger, breakers=breakers), self.provider
-        )
+        self.chain = Pipeline(standard(config, clock=clock, ledger=self.ledger, breakers=breakers), self.provider)
         endpoint = Endpoint(
             provider="test", model="m", wire=wire, base_url=url or "http://simulator.invalid/v1", simulated=url is None
         )
@@ -121,7 +122,6 @@ class Chaos:
 
     def attempts(self) -> list[dict]:
         return list(itertools.chain.from_iterable(self.ledger.attempts(c["request_id"]) for c in self.ledger.calls()))
-
 
     def pairs(self, simulator: Simulator) -> Iterator[tuple[Received, dict]]:
         """Each request that arrived with the attempt that sent it."""
