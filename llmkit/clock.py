@@ -85,8 +85,8 @@ async def within(clock: Clock, seconds: float, waiting: Awaitable[T], error: Cal
     try:
         return await waiting
     except asyncio.CancelledError:
-        if expired is not None and task.uncancel() <= before:
-            raise expired from None
-        raise
+        if expired is None or task.uncancel() > before:
+            raise
     finally:
         timer.cancel()
+    raise expired  # out here, so that it does not hold the cancellation and what its frames were reading

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from llmkit.call import Timeouts
 from llmkit.endpoint import is_loopback
+from llmkit.environment import Environment
 from llmkit.errors import ConfigError
 from llmkit.providers.catalog import CATALOG, ProviderEntry, moved
 from llmkit.providers.discovery import Default, find
@@ -40,6 +41,8 @@ __all__ = ["PRESETS", "BreakerSettings", "BudgetSettings", "Config", "Default", 
 MAX_FILE_BYTES = 1_000_000
 FILE, PROJECT = "llmkit.toml", "pyproject.toml"
 PREFIX = "LLMKIT_"
+
+_ENVIRON = Environment(os.environ)
 
 # Read elsewhere, so neither settings nor mistakes.
 _OTHER_VARIABLES = frozenset({"LLMKIT_DATA_DIR", "LLMKIT_DISPLAY"})
@@ -124,13 +127,14 @@ class Config:
 
     @classmethod
     def load(
-        cls, start: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ, **settings: Any
+        cls, start: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = _ENVIRON, **settings: Any
     ) -> Self:
         """Read the file (from folder ``start`` upwards; by default the current one), the variables, the arguments.
 
         Raises:
             ConfigError: on the first wrong key or value, with its file and line, the nearest right key, or the range.
         """
+        environ = Environment.over(environ)
         sources: list[_Source] = []
         if (found := _found_file(Path.cwd() if start is None else Path(start))) is not None:
             sources.append(_File(*found))
@@ -138,12 +142,13 @@ class Config:
         return cls._made((*sources, _Arguments(settings)), environ)
 
     @classmethod
-    def of(cls, environ: Mapping[str, str] = os.environ, **settings: Any) -> Self:
+    def of(cls, environ: Mapping[str, str] = _ENVIRON, **settings: Any) -> Self:
         """Settings from arguments alone; neither a file nor an ``LLMKIT_*`` variable is read.
 
         Raises:
             ConfigError: see `load`.
         """
+        environ = Environment.over(environ)
         return cls._made((_Arguments(settings),), environ)
 
     def with_(self, **settings: Any) -> Self:
@@ -286,7 +291,12 @@ class _Variables(_Source):
     label = "from LLMKIT_MODEL"
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        given = {name: environ[name] for name in environ if name.startswith(PREFIX) and name not in _OTHER_VARIABLES}
+        # What ends like a key is likely one that some api_key_env names, and not looked at.
+        given = {
+            name: environ[name]
+            for name in environ
+            if name.startswith(PREFIX) and name not in _OTHER_VARIABLES and not name.endswith(("_KEY", "_TOKEN"))
+        }
         if given:
             self._read(given)
 
@@ -306,8 +316,6 @@ class _Variables(_Source):
     def _unknown(self, name: str, flat: Mapping[str, Any]) -> None:
         from llmkit.settings import nearest, shown
 
-        if name.endswith(("_KEY", "_TOKEN")):  # likely a key that some api_key_env names
-            return
         if (near := nearest(name.removeprefix(PREFIX).lower(), flat, 0.75)) is not None:
             raise ConfigError(f"there is no setting {shown(name)[1:-1]}; did you mean {PREFIX}{near.upper()}?")
         self.notes = (*self.notes, f"{shown(name)[1:-1]} is set, but it is no setting of llmkit")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["REDACTED", "redact", "secret_in", "tidy"]
+__all__ = ["REDACTED", "Screen", "redact", "secret_in", "tidy"]
 
 REDACTED = "[redacted]"
 
 # Shorter "keys" are placeholders for servers that need none ("none", "EMPTY", "ollama"), and also plain words.
 _SHORTEST_SECRET = 8
+_SHOWN = 3  # of the key's beginning, where it comes in pieces: "sk-"
 
 _KEYLIKE = re.compile(
     r"""
@@ -49,3 +50,40 @@ def tidy(text: str, secret: str | None = None, *, limit: int = 500) -> str:
     """Text from a server, fit for a person: redacted, on one line, no control characters, at most ``limit`` long."""
     text = _CONTROL.sub(" ", redact(text[: limit * 8], secret)).strip()
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class Screen:
+    """Takes a key out of a text that comes in pieces, wherever the pieces are cut.
+
+    What might be the beginning of the key waits for the next piece, all but its first characters: they tell nothing,
+    and without them no ordinary word would ever wait.
+    """
+
+    __slots__ = ("_begun", "_first", "_secret")
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+        self._first = secret[0]
+        self._begun = ""  # how far the key has come at the end of the last piece
+
+    def feed(self, text: str) -> str:
+        """What can be shown of it by now."""
+        if not self._begun and self._first not in text:
+            return text
+        out = min(len(self._begun), _SHOWN)
+        text = (self._begun + text).replace(self._secret, self._secret[:_SHOWN] + REDACTED)
+        self._begun = self._beginning(text)
+        return text[out : len(text) - max(0, len(self._begun) - _SHOWN)]
+
+    def end(self) -> str:
+        """What still waits; no more of the text will come."""
+        rest, self._begun = self._begun[_SHOWN:], ""
+        return rest
+
+    def _beginning(self, text: str) -> str:
+        at = text.find(self._first, max(0, len(text) - len(self._secret) + 1))
+        while at >= 0:
+            if self._secret.startswith(text[at:]):
+                return text[at:]
+            at = text.find(self._first, at + 1)
+        return ""

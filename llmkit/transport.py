@@ -96,6 +96,12 @@ class Prepared:
         self.proxy = proxy
         self.context = context
 
+    def headers_for(self, request_id: str) -> CIMultiDict[str]:
+        """The headers of one request."""
+        headers = self.headers.copy()
+        headers["Idempotency-Key"] = request_id
+        return headers
+
 
 class _Body(httpx.AsyncByteStream):
     """The body of an `httpx.Response`."""
@@ -216,6 +222,9 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             return AiohttpExchange(response)
         except _FOREIGN as error:
             failure = _not_sent(error) or _broken(error)
+        except BaseException as error:  # noqa: BLE001  it is raised again
+            del headers  # a cancellation shows its frames to whoever asks; the key is in this one and in aiohttp's
+            raise error.with_traceback(None)  # noqa: B904  it is the same one
         # Raised out here, so that it does not hold aiohttp's exception, which holds the headers and the key in them.
         raise failure
 

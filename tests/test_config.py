@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from decimal import Decimal
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
+import llmkit
 from llmkit.config import Config
 from llmkit.errors import ConfigError
 
@@ -635,3 +637,19 @@ def test_a_file_that_names_no_model_is_not_called_missing(folder, monkeypatch) -
     assert str(load(folder).default_model()) == "the simulator (no config, key or local server found)"
     config = load(folder, "retry.attempts = 2")
     assert str(config.default_model()) == "the simulator (llmkit.toml names no model; no key or local server found)"
+
+
+@pytest.mark.parametrize("settings", [{"retry_attempts": 1000}, {"bogus": 1}, {"model": "opnai:x"}])
+@pytest.mark.parametrize("make", [Config.load, Config.of, llmkit.Client, llmkit.AsyncClient])
+def test_a_wrong_setting_shows_no_variable_of_the_environment(monkeypatch, make, settings) -> None:
+    secret = "zq9-secret-4711"
+    monkeypatch.setenv("SOME_API_KEY", secret)
+    monkeypatch.setenv("LLMKIT_LOCAL_KEY", secret)
+    with pytest.raises(ConfigError) as caught:
+        make(**settings)
+    inside = [
+        frame.f_locals
+        for frame, _ in traceback.walk_tb(caught.value.__traceback__)
+        if "tests" not in frame.f_code.co_filename
+    ]
+    assert secret not in repr(inside)

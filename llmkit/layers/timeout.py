@@ -85,13 +85,13 @@ class _Watch:
         try:
             return await waiting
         except asyncio.CancelledError:
-            if self._expired is not None and task.uncancel() <= before:
-                raise self._expired from None
-            raise
+            if self._expired is None or task.uncancel() > before:
+                raise
         finally:
             self._task = None
             # Between two reads only the deadline runs: silence is then the reader's, not the provider's.
             self._due = self._call.deadline
+        raise self._expired  # out here, so that it does not hold the cancellation and what its frames were reading
 
     def _aim(self, limit: float | None, kind: type[ProviderTimeout]) -> None:
         """Point the timer at the nearer of ``limit`` seconds from now and the deadline."""

@@ -32,7 +32,7 @@ from llmkit.providers.headers import provider_request_id
 from llmkit.providers.openai import OpenAIWire
 from llmkit.providers.sse import EventReader, EventTooLarge
 from llmkit.providers.wire import ErrorInside, Malformed, Signal, encoded, parsed
-from llmkit.redaction import REDACTED, redact, secret_in, tidy
+from llmkit.redaction import REDACTED, Screen, redact, secret_in, tidy
 from llmkit.reply import Chunk, Head, Reply
 
 if TYPE_CHECKING:
@@ -218,9 +218,7 @@ class Provider:
         prepared = target.prepared
         if prepared is None:
             prepared = target.prepared = engine.prepare(target.url, target.headers)
-        headers = prepared.headers.copy()
-        headers["Idempotency-Key"] = call.request_id
-        return await engine.exchange(prepared, headers, body, connect=connect)
+        return await engine.exchange(prepared, prepared.headers_for(call.request_id), body, connect=connect)
 
     def _carrier(self, endpoint: Endpoint) -> httpx.AsyncBaseTransport | None:
         """The transport for this endpoint; None means llmkit's own engine."""
@@ -251,6 +249,7 @@ class _Source:
         "_finished",
         "_head",
         "_reader",
+        "_screens",
         "_size",
         "_target",
         "ended",
@@ -263,6 +262,8 @@ class _Source:
         self._clock = clock
         self._decoder: Decoder = target.wire.decoder(head)
         self._reader = EventReader()
+        # Keys in escapes or in pieces are found only in what was decoded: one screen for the text, one for the reasoning.
+        self._screens = (Screen(target.secret.decode()), Screen(target.secret.decode())) if target.secret else None
         self._size = 0
         self._failure: LLMKitError | None = None  # found behind chunks that are handed on first
         self._finished = False  # the exchange has nothing left to say or to close
@@ -284,6 +285,7 @@ class _Source:
             else:
                 first = await self._first()
                 if first or self._failure is None:
+                    self._seal()
                     return first
                 failure = self._failure
         except _BROKEN as error:
@@ -301,12 +303,15 @@ class _Source:
             self._interrupted(error)
         if self._failure is not None:
             raise self._failure
+        if self._screens is not None and (rest := self._screened(Chunk("", ""), last=True)):
+            return [rest]
         await self._finish()
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
         """Close the connection, unless everything has been read."""
         self._decoder.finish()
+        self._seal()
         if not self._finished:
             self._finished = True
             await self._exchange.aclose()
@@ -355,6 +360,8 @@ class _Source:
         except Malformed as error:
             raise Malformed(f"{error}; it begins with {_glimpse(body)}") from None
         self._decoder.finish()
+        if chunk is not None and self._screens is not None:
+            chunk = self._screened(chunk, last=True)
         return [] if chunk is None else [chunk]
 
     def _measure(self, data: bytes) -> None:
@@ -371,12 +378,16 @@ class _Source:
         chunks: list[Chunk] = []
         progress = False
         secret = self._target.secret
+        screens = self._screens
         decode = self._decoder.event
         try:
             for payload in payloads:
                 step = decode(self._clean(payload) if secret and secret in payload else payload)
                 if type(step) is Chunk:
-                    chunks.append(step)
+                    if screens is None or (step := self._screened(step)) is not None:
+                        chunks.append(step)
+                    else:
+                        progress = True
                 elif step is Signal.DONE:
                     self.ended = True
                     break
@@ -415,8 +426,35 @@ class _Source:
         secret = self._target.secret
         return data.replace(secret, _REDACTED) if secret else data
 
+    def _screened(self, chunk: Chunk, *, last: bool = False) -> Chunk | None:
+        """The chunk without the key; None where nothing of it can be shown yet."""
+        assert self._screens is not None
+        parts = []
+        for screen, part in zip(self._screens, (chunk.text, chunk.reasoning), strict=True):
+            shown = screen.feed(part) if part else ""
+            parts.append(shown + screen.end() if last else shown)
+        text, reasoning = parts
+        if text == chunk.text and reasoning == chunk.reasoning and (text or reasoning):
+            return chunk
+        return Chunk(text, reasoning) if text or reasoning else None
+
+    def _seal(self) -> None:
+        """Take the key out of what is known beside the text."""
+        secret = self._target.secret.decode()
+        if not secret:
+            return
+        head = self._head
+        for name in ("model", "provider_request_id", "finish_reason", "refusal", "service_tier"):
+            value = getattr(head, name)
+            if value and secret in value:
+                setattr(head, name, value.replace(secret, REDACTED))
+        for call in head.tool_calls:
+            call["id"] = call["id"].replace(secret, REDACTED)
+            call["function"] = {name: text.replace(secret, REDACTED) for name, text in call["function"].items()}
+
     async def _finish(self) -> None:
         self._decoder.finish()
+        self._seal()
         if not self._finished:
             self._finished = True
             await self._exchange.finish()

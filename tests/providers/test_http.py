@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import itertools
 import json
 import traceback
 from contextlib import suppress
@@ -29,6 +30,7 @@ from llmkit.errors import (
 )
 from llmkit.providers import http as http_module
 from llmkit.providers.wire import Malformed, parsed
+from llmkit.redaction import Screen
 from llmkit.reply import Usage
 from tests.providers.loopback import (
     CHUNKED,
@@ -505,6 +507,72 @@ def test_a_key_in_an_answer_is_taken_out(stream) -> None:
     )
     assert reply.text == "it is [redacted]!"
     assert KEY not in f"{reply.model} {reply.finish_reason} {reply.head.provider_request_id}"
+
+
+def escaped(text):
+    return "".join(f"\\u{ord(char):04x}" for char in text)
+
+
+PIECES = {
+    "escaped": [escaped(KEY)],
+    "in two": [KEY[:9], KEY[9:]],
+    "in two at its second character": [KEY[:1], KEY[1:] + " and on"],
+    "one character at a time": list(KEY),
+    "escaped in two": [escaped(KEY[:9]), escaped(KEY[9:])],
+    "twice": [f"{KEY} and {KEY[:5]}", KEY[5:]],
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES.keys())
+@pytest.mark.parametrize("field", ["content", "reasoning"])
+def test_a_key_in_pieces_or_escapes_is_taken_out_of_an_answer(pieces, field) -> None:
+    body = b"".join(b'data: {"choices":[{"delta":{"%s":"%s"}}]}\n\n' % (field.encode(), p.encode()) for p in pieces)
+    reply = ask(frames(token("so: "), done=False) + body + frames(token(" ok"), STOP))
+    shown = reply.text + reply.reasoning
+    assert "[redacted]" in shown
+    assert KEY[3:] not in shown
+    assert reply.text.startswith("so: ")
+    assert reply.text.endswith(" ok")
+
+
+def test_a_key_in_escapes_is_taken_out_of_all_that_stands_beside_the_text() -> None:
+    secret = escaped(KEY)
+    tool = f'{{"id":"{secret}","function":{{"name":"{secret}","arguments":"{secret}"}}}}'
+    body = f'{{"id":"{secret}","model":"{secret}","service_tier":"{secret}","choices":[{{"finish_reason":"{secret}","message":{{"content":"so","tool_calls":[{tool}]}}}}]}}'
+    reply = ask(body.encode())
+    head = reply.head
+    shown = [reply.model, reply.finish_reason, head.provider_request_id, head.service_tier, repr(head.tool_calls)]
+    assert all("[redacted]" in each and KEY not in each for each in shown)
+
+
+@given(st.text(alphabet="abcSecr3t-K", max_size=40), st.lists(st.integers(0, 40), max_size=6))
+def test_what_only_looks_like_the_beginning_of_a_key_is_not_lost(text, cuts) -> None:
+    screen, secret = Screen("Secr3t-K"), "Secr3t-K"
+    edges = [0, *sorted(cuts), len(text)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
+    shown = "".join([screen.feed(piece) for piece in pieces]) + screen.end()
+    assert shown == text.replace(secret, "Sec[redacted]")
+
+
+def test_a_key_is_not_shown_by_a_cancelled_call() -> None:
+    async def main():
+        gone = asyncio.Event()
+
+        async def hang(reader, writer):
+            await reader.read()  # until the other side closes
+            writer.close()
+            gone.set()
+
+        async with await asyncio.start_server(hang, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            own = provider()
+            with pytest.raises(TimeoutError) as caught:
+                await asyncio.wait_for(own(call(endpoint(base_url=f"http://127.0.0.1:{port}/v1"))), 0.1)
+            await own.aclose()
+            await gone.wait()
+        return caught.value
+
+    assert KEY not in everything_in(asyncio.run(main()))
 
 
 def test_a_placeholder_for_a_key_is_no_secret() -> None:
