@@ -10,6 +10,7 @@ Nothing of a prompt or an answer is kept here.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import json
 import logging
@@ -54,13 +55,14 @@ log = logging.getLogger("llmkit")
 Row = dict[str, Any]
 
 MESSAGE_LENGTH = 500
+SIBLINGS = 8  # with more calls in flight than these, the loop turns often, and what is written waits for its next turn
 A_DAY = 86_400.0  # seconds; whether an owner on another host lives cannot be asked, but no call takes this long
 
 
 class _Entry:
     """A call that has not ended: all its changes so far, and how many of them ``store`` has."""
 
-    __slots__ = ("changes", "endpoint", "number", "refused", "retries", "store", "trail", "written")
+    __slots__ = ("changes", "ended", "endpoint", "number", "refused", "retries", "store", "trail", "written")
 
     def __init__(self, trail: Trail, begun: CallBegun) -> None:
         self.trail = trail  # kept, so that its id stays its own
@@ -71,6 +73,7 @@ class _Entry:
         self.number = 0
         self.retries = 0
         self.refused = False
+        self.ended = False
 
 
 class Ledger:
@@ -105,6 +108,7 @@ class Ledger:
         self._disk: Store | None = None  # the one fallen back from; what it has can perhaps still be read
         self._opening = threading.Lock()
         self._falling = threading.Lock()
+        self._groups: dict[asyncio.AbstractEventLoop, list[tuple[_Entry, asyncio.Future[None]]]] = {}
         self._open_calls: dict[int, _Entry] = {}  # by the id of the trail, which all copies of a call share
         _LEDGERS.add(self)
 
@@ -180,6 +184,10 @@ class Ledger:
         """Write how the call ended, and all that was remembered of it. Never fails."""
         entry = self._entry(call)
         entry.changes.append(self._call_ended(call, outcome, entry))
+        entry.ended = True
+        if len(self._open_calls) > SIBLINGS and self._store is not None:
+            await self._write_together(entry)
+            return
         try:
             await self._write(entry)
         except DuplicateCall as error:
@@ -197,6 +205,11 @@ class Ledger:
     async def _write(self, entry: _Entry) -> None:
         """Bring the entry's changes into the store, and return when they are there."""
         await self.open_store()
+        if len(self._open_calls) > SIBLINGS:
+            await self._write_together(entry)
+            if entry.refused:
+                raise DuplicateCall("another call had this request_id")
+            return
         try:
             waiting = self._commit(entry)
             if waiting is not None:
@@ -207,16 +220,76 @@ class Ledger:
                 raise
             self._commit(entry)
 
+    def _write_together(self, entry: _Entry) -> asyncio.Future[None]:
+        """Write the entry at the loop's next turn, in one transaction with all others that ask for it until then."""
+        loop = asyncio.get_running_loop()
+        group = self._groups.get(loop)
+        if group is None:
+            group = self._groups[loop] = []
+            loop.call_soon(self._flush, loop)
+        written: asyncio.Future[None] = loop.create_future()
+        group.append((entry, written))
+        return written
+
+    def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
+        group = self._groups.pop(loop, None)
+        if not group:
+            return
+        entries = list(dict.fromkeys(entry for entry, _ in group))
+        before = [entry.written if entry.store is self._store else 0 for entry in entries]
+        changes = [change for entry in entries for change in self._take(entry)]
+
+        def landed(waiting: Future[None] | None) -> None:
+            if waiting is None or waiting.exception() is None:
+                self._landed(group)
+                return
+            for entry, written in zip(entries, before, strict=True):  # one of them spoilt it: each by itself
+                entry.written = written
+                self._write_alone(entry)
+            self._landed(group)
+
+        assert self._store is not None
+        try:
+            waiting = self._store.commit(changes) if changes else None
+        except StoreError as error:
+            waiting = concurrent.futures.Future()
+            waiting.set_exception(error)
+        if waiting is None or waiting.done():
+            landed(waiting)
+        else:
+            waiting.add_done_callback(lambda done: loop.call_soon_threadsafe(landed, done))
+
+    def _write_alone(self, entry: _Entry) -> None:
+        try:
+            self._commit(entry)
+        except StoreError as error:
+            self._write_failed(entry, error)
+            self._commit(entry)
+
+    def _landed(self, group: list[tuple[_Entry, asyncio.Future[None]]]) -> None:
+        for entry, written in group:
+            if entry.ended:
+                if entry.refused:
+                    log.warning("another call had the request_id of this one; it is not in the ledger")
+                self._open_calls.pop(id(entry.trail), None)
+            if not written.done():
+                written.set_result(None)
+
+    def _take(self, entry: _Entry) -> list[Change]:
+        """What the store has not got; from now on it counts as handed over."""
+        if entry.store is not self._store:  # the first write, or the first since the ledger fell back
+            entry.store, entry.written = self._store, 0
+        changes = [] if entry.refused else entry.changes[entry.written :]
+        entry.written += len(changes)
+        return changes
+
     def _commit(self, entry: _Entry) -> Future[None] | None:
         """Hand over what the store has not got, and return what its ``commit`` does."""
         store = self._store
         assert store is not None
-        if entry.store is not store:  # the first write, or the first since the ledger fell back
-            entry.store, entry.written = store, 0
-        changes = entry.changes[entry.written :]
-        if entry.refused or not changes:
+        changes = self._take(entry)
+        if not changes:
             return None
-        entry.written += len(changes)
         waiting = store.commit(changes)
         if waiting is not None:  # whoever waits for it may be cancelled, so its failure is heard here
             waiting.add_done_callback(functools.partial(self._written_late, entry))
@@ -293,6 +366,8 @@ class Ledger:
 
     def close(self) -> None:
         """Finish what waits, and let go of files and threads. A later write opens them again."""
+        for loop in list(self._groups):
+            self._flush(loop)
         for each in (self._store, self._disk):
             if each is not None:
                 each.close()
@@ -302,6 +377,7 @@ class Ledger:
         self._opening = threading.Lock()
         self._falling = threading.Lock()
         self._open_calls.clear()
+        self._groups.clear()
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

@@ -20,11 +20,16 @@ import pytest
 from llmkit.call import Attempt, Call
 from llmkit.endpoint import Endpoint
 from llmkit.errors import AllModelsFailed, BudgetExceeded, CircuitOpen, ConfigError, ProviderOverloaded, StoreError
+from llmkit.layers.meter import Meter
+from llmkit.layers.record import Record
 from llmkit.ledger import COLUMNS, Ledger
 from llmkit.models.prices import Cost
+from llmkit.pipeline import Pipeline
 from llmkit.reply import Outcome, Usage
 from llmkit.state.memory import MemoryStore
 from llmkit.state.sqlite import SQLiteStore
+from llmkit.testing import FakeClock
+from tests.layers.script import Script, call_for
 
 ENDPOINT = Endpoint(provider="openai", model="gpt-5-mini", base_url="https://api.openai.com/v1")
 OTHER = Endpoint(provider="anthropic", model="claude-haiku-4-5", base_url="https://api.anthropic.com/v1")
@@ -688,3 +693,53 @@ def test_tags_are_kept_as_they_are(ledger):
     asyncio.run(completed(ledger, new_call(tags=tags)))
     assert ledger.calls()[0]["tags"] == tags
     assert json.loads(json.dumps(ledger.calls()[0]["tags"])) == tags
+
+
+def test_calls_in_crowds_share_transactions_and_each_is_on_disk_when_it_has_ended(tmp_path):
+    async def main():
+        clock = FakeClock()
+        ledger = Ledger.open(f"sqlite:///{tmp_path}/crowd.sqlite3", clock)
+        await ledger.open_store()
+        commits = []
+        store = ledger._store
+        commit = store.commit
+        store.commit = lambda changes: commits.append(len(changes)) or commit(changes)
+        reader = SQLiteStore(tmp_path / "crowd.sqlite3")
+        below = Script(clock, list("abcd"))
+        chain = Pipeline([Record(ledger), Meter(ledger, clock)], below)
+
+        async def one(number):
+            reply = await chain(call_for(clock, request_id=f"r{number}"))
+            assert reader.calls(limit=None)[0]["status"]  # what began is on disk before the request is sent
+            await reply.read()
+            assert {row["request_id"]: row["status"] for row in reader.calls()}[f"r{number}"] == "complete"
+
+        await asyncio.gather(*[one(number) for number in range(40)])
+        assert len(reader.calls()) == 40
+        assert len(commits) < 40, commits
+        assert not ledger._open_calls
+        ledger.close()
+        reader.close()
+
+    asyncio.run(main())
+
+
+def test_a_duplicate_in_a_crowd_harms_no_other(tmp_path):
+    async def main():
+        clock = FakeClock()
+        ledger = Ledger.open(f"sqlite:///{tmp_path}/crowd.sqlite3", clock)
+        chain = Pipeline([Record(ledger), Meter(ledger, clock)], Script(clock, list("abcd")))
+
+        async def one(request_id):
+            reply = await chain(call_for(clock, request_id=request_id))
+            return await reply.read()
+
+        names = [*(f"r{n}" for n in range(20)), "r3"]
+        results = await asyncio.gather(*[one(name) for name in names], return_exceptions=True)
+        assert [type(each).__name__ for each in results].count("DuplicateCall") == 1
+        assert len(ledger.calls()) == 20
+        assert {row["status"] for row in ledger.calls()} == {"complete"}
+        assert not ledger._open_calls
+        ledger.close()
+
+    asyncio.run(main())

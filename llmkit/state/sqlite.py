@@ -53,7 +53,7 @@ Row = dict[str, Any]
 PATIENCE_S = 10.0
 LOOK_AGAIN_S = 1.0  # how often a commit checks that the file is still the one at its path
 GROUP = 64  # most waiting commits that share one transaction
-COMMITS_A_CHECKPOINT = 200  # about a thousand pages
+CHANGES_A_CHECKPOINT = 2_000  # about four thousand pages
 PAGES_OF_LOG = 4000  # beyond them the log is begun anew; 16 MB
 PAGES_OF_LOG_AT_MOST = 20_000  # beyond them a commit does it by itself, on whatever thread it is
 
@@ -173,8 +173,8 @@ class SQLiteStore:
         except BaseException:
             _roll_back(connection)
             raise
-        self._since_checkpoint += 1
-        if self._since_checkpoint >= COMMITS_A_CHECKPOINT:
+        self._since_checkpoint += len(changes)
+        if self._since_checkpoint >= CHANGES_A_CHECKPOINT:
             self._since_checkpoint = 0
             with contextlib.suppress(RuntimeError):  # the interpreter is going down; closing makes the last checkpoint
                 self._threads().submit(self._checkpoint)

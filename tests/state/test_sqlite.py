@@ -317,7 +317,7 @@ def test_closing_finishes_what_waits(store, path):
 
 
 def test_the_log_is_moved_into_the_database_off_the_writers_thread(path, monkeypatch):
-    monkeypatch.setattr("llmkit.state.sqlite.COMMITS_A_CHECKPOINT", 5)
+    monkeypatch.setattr("llmkit.state.sqlite.CHANGES_A_CHECKPOINT", 5)
     monkeypatch.setattr("llmkit.state.sqlite.PAGES_OF_LOG", 20)
     threads = set()
 
@@ -345,7 +345,7 @@ def test_the_log_is_moved_into_the_database_off_the_writers_thread(path, monkeyp
 
 
 def test_a_checkpoint_that_fails_stops_nobody(store, path, monkeypatch):
-    monkeypatch.setattr("llmkit.state.sqlite.COMMITS_A_CHECKPOINT", 1)
+    monkeypatch.setattr("llmkit.state.sqlite.CHANGES_A_CHECKPOINT", 1)
 
     def fail(self):
         raise sqlite3.OperationalError("disk I/O error")
