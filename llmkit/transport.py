@@ -17,7 +17,7 @@ import os
 import ssl
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import aiohttp
 import httpx
@@ -36,6 +36,9 @@ __all__ = ["AiohttpTransport", "Exchange", "Prepared"]
 _KEEPALIVE_S = 15.0
 _LINGER_S = 0.05  # how long to wait for the end of a body that has said all, so that its connection can be used again
 _FOREIGN = (aiohttp.ClientError, OSError, ValueError, TypeError, RuntimeError, HttpProcessingError)
+
+
+_Sessions: TypeAlias = "dict[asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator[None, None]]]"
 
 
 class Exchange(Protocol):
@@ -139,7 +142,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, verify: ssl.SSLContext | None = None) -> None:
         self._ssl = verify
-        self._sessions: dict[asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator[None, None]]] = {}
+        self._sessions: _Sessions = {}
         self._timeouts: dict[float | None, aiohttp.ClientTimeout] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -241,6 +244,14 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             else:
                 _forget(session)
 
+    def __del__(self) -> None:
+        # A client that nobody closed is an ordinary thing in a notebook, and no reason to complain there.
+        for loop, (session, _) in getattr(self, "_sessions", {}).items():
+            if loop.is_running():
+                asyncio.run_coroutine_threadsafe(session.close(), loop)
+            else:
+                _forget(session)
+
     async def _session(self, loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
         for old in [other for other in self._sessions if other.is_closed()]:
             _forget(self._sessions.pop(old)[0])
@@ -252,20 +263,10 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             timeout=aiohttp.ClientTimeout(total=None),
             trust_env=False,  # it costs two thread hops a request; see _proxy
         )
-        keeper = self._closing(loop, session)
+        keeper = _closing(self._sessions, loop, session)
         self._sessions[loop] = (session, keeper)
         await keeper.__anext__()
         return session
-
-    async def _closing(
-        self, loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession
-    ) -> AsyncGenerator[None, None]:
-        # asyncio.run() ends the generators of its loop before it closes it: the last chance to close connections well.
-        try:
-            yield
-        finally:
-            self._sessions.pop(loop, None)
-            await session.close()
 
     def _timeout(self, connect: float | None) -> aiohttp.ClientTimeout:
         timeout = aiohttp.ClientTimeout(total=None, connect=connect, ceil_threshold=math.inf)
@@ -280,6 +281,17 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             self._ssl = ssl.create_default_context()
             self._ssl.load_verify_locations(certifi.where())
         return self._ssl
+
+
+async def _closing(
+    sessions: _Sessions, loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession
+) -> AsyncGenerator[None, None]:
+    # asyncio.run() ends the generators of its loop before it closes it: the last chance to close connections well.
+    try:
+        yield
+    finally:
+        sessions.pop(loop, None)
+        await session.close()
 
 
 def _proxy_from_environment(url: URL) -> URL | None:

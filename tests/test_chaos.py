@@ -8,13 +8,14 @@ import gc
 import itertools
 import os
 from collections.abc import Iterator
+from decimal import Decimal
 
 import pytest
 
 import llmkit
 from llmkit.call import Call, Params, Timeouts, messages_from
 from llmkit.config import BreakerSettings, Config
-from llmkit.endpoint import Endpoint, Link
+from llmkit.endpoint import Endpoint, Link, Price
 from llmkit.layers import standard
 from llmkit.layers.breaker import Breakers
 from llmkit.ledger import Ledger
@@ -74,7 +75,12 @@ class Chaos:
         self.provider = Provider(clock, environ={}, **({"simulator": simulator} if url is None else {}))
         self.chain = Pipeline(standard(config, clock=clock, ledger=self.ledger, breakers=breakers), self.provider)
         endpoint = Endpoint(
-            provider="test", model="m", wire=wire, base_url=url or "http://simulator.invalid/v1", simulated=url is None
+            provider="test",
+            model="m",
+            wire=wire,
+            base_url=url or "http://simulator.invalid/v1",
+            simulated=url is None,
+            price=Price(input=Decimal(1), output=Decimal(2)),
         )
         self.route = (Link(endpoint=endpoint),)
         self.errors: collections.Counter[str] = collections.Counter()

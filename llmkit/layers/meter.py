@@ -6,6 +6,7 @@ call is the sum of its attempts, and this is the only place where tokens become 
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from llmkit.call import Attempt
@@ -43,6 +44,8 @@ class Meter:
             return await call_next(call)
 
         async def ended(outcome: Outcome) -> None:
+            if outcome.status != "complete":
+                await asyncio.sleep(0)  # a closed socket is let go in the loop's next turn; booking must not hold it up
             attempt, cost = await self._booked(call, number, started_at, started, outcome)
             trail.attempts.append(attempt)
             self._ledger.attempt_ended(call, attempt, cost)
@@ -84,7 +87,7 @@ class Meter:
             http_status=provider_error.status if provider_error else 200 if reply is not None else None,
             provider_request_id=(head or provider_error or Head()).provider_request_id,
             finish_reason=reply.finish_reason if reply is not None else None,
-            maybe_billed=_maybe_billed(outcome),
+            maybe_billed=_maybe_billed(outcome) and not prices.is_free(endpoint),
         )
         return attempt, cost
 
