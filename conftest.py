@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -27,6 +28,11 @@ os.environ |= {
     "LLMKIT_DISPLAY": "final",  # a cell shows its end once, without times and ids
     "LLMKIT_DATA_DIR": _data,
 }
+
+# What a shell starts in the background is told to ignore interrupts, and hands that on to every kernel and command. The
+# tests interrupt those, so they must hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -265,7 +265,10 @@ def test_simulate_serves_until_it_is_interrupted() -> None:
         assert "simul" in client.complete("Hello").text.lower()
         client.close()
         process.send_signal(signal.SIGINT)
-        assert "1 call, " in process.communicate(timeout=20)[0]
+        try:
+            assert "1 call, " in process.communicate(timeout=20)[0]
+        finally:
+            process.kill()
         assert process.returncode == 0
 
 
