@@ -235,7 +235,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         """Close all connections; those of other loops, too, where these still run."""
         here = asyncio.get_running_loop()
         sessions, self._sessions = self._sessions, {}
-        for loop, (session, keeper) in sessions.items():
+        for loop, (session, keeper) in list(sessions.items()):
             if loop is here:
                 await keeper.aclose()
                 await session.close()

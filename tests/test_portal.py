@@ -216,3 +216,27 @@ def test_a_script_that_closes_nothing_ends_quietly_and_settles_what_arrives(tmp_
     ledger = Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite3")
     assert [row["status"] for row in ledger.calls()] == ["aborted"]
     ledger.close()
+
+
+DROPPED = """
+import gc, sys
+
+import llmkit
+
+config = llmkit.Config.of(models={"m": {"provider": "vllm", "model": "m", "base_url": sys.argv[1]}})
+for _ in range(3):
+    client = llmkit.Client(config=config, model="m")
+    client.complete("hello")
+    del client
+    gc.collect()
+"""
+
+
+def test_a_client_that_is_dropped_closes_its_connections_without_a_word(tmp_path) -> None:
+    simulator = Simulator()
+    with simulator.server() as url:
+        environ = {**os.environ, "LLMKIT_DATA_DIR": str(tmp_path)}
+        command = [sys.executable, "-W", "always::ResourceWarning", "-c", DROPPED, url]
+        done = subprocess.run(command, capture_output=True, timeout=30, check=False, env=environ)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert simulator.calls == 3
