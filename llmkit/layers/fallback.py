@@ -27,7 +27,7 @@ from llmkit.errors import (
     TotalTimeout,
 )
 from llmkit.events import FellBack, emit
-from llmkit.models import windows
+from llmkit.models import table, tokens, windows
 
 if TYPE_CHECKING:
     from llmkit.call import Call
@@ -58,6 +58,7 @@ class Fallback:
                 call.trail.skipped.append(Skipped(link.endpoint.name, reason))
                 continue
             try:
+                await self._check_window(call, link, links)
                 return await self._through(call.to(link=link), call_next)
             except LLMKitError as error:
                 if len(call.route) == 1 or not _leaves(error):
@@ -94,6 +95,23 @@ class Fallback:
             )
 
         return await within(self._clock, limit, call_next(call), too_slow)
+
+    async def _check_window(self, call: Call, link: Link, others: list[Link]) -> None:
+        """Raise `ContextTooLong` before anything is sent, where the prompt is known not to fit.
+
+        An exact count is believed; an estimate only while another link is left, since then nothing is refused by it.
+        """
+        endpoint = link.endpoint
+        window = windows.window(endpoint) if endpoint.window is not None or table.is_loaded() else None
+        if window is None or tokens.upper_bound(call.messages, model=endpoint.model) <= window:
+            return
+        count = await tokens.count_input(endpoint, call.messages)
+        if count.tokens > window and (count.exact or others):
+            raise ContextTooLong(
+                f"{endpoint.name}: {count.tokens} tokens{'' if count.exact else ' (estimated)'} do not fit its window of {window}",
+                tokens=count.tokens,
+                window=window,
+            )
 
     def _unusable(self, link: Link, errors: list[LLMKitError]) -> str | None:
         """Why this link cannot serve this call, if so."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Count",
     "count",
+    "count_input",
     "count_messages",
     "count_text",
     "counted",
@@ -149,14 +150,18 @@ async def count(endpoint: Endpoint, text: str) -> Count:
     return await _threaded(count_text, endpoint, text)
 
 
+async def count_input(endpoint: Endpoint, messages: Sequence[Message]) -> Count:
+    """`count_messages` for the event loop: what takes long is done on a thread."""
+    if is_loaded(endpoint) and _length(messages) <= _QUICK:
+        return count_messages(endpoint, messages)
+    return await _threaded(count_messages, endpoint, messages)
+
+
 async def counted(endpoint: Endpoint, messages: Sequence[Message], text: str, reasoning: str = "") -> Usage:
     """The usage of an attempt whose provider did not report any, or not to its end. Always marked as estimated."""
     from llmkit.reply import Usage
 
-    if is_loaded(endpoint) and len(text) + len(reasoning) + _length(messages) <= _QUICK:
-        asked = count_messages(endpoint, messages)
-    else:
-        asked = await _threaded(count_messages, endpoint, messages)
+    asked = await count_input(endpoint, messages)
     answer = await count(endpoint, text)
     thought = await count(endpoint, reasoning) if reasoning else None
     return Usage(

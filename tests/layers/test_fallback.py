@@ -227,3 +227,34 @@ def test_a_reader_who_leaves_and_a_cancelled_call_end_it() -> None:
         assert fleet.scripts["b"].open == 0
 
     run(main)
+
+
+def test_a_prompt_known_not_to_fit_is_not_sent_there() -> None:
+    async def main() -> None:
+        clock = FakeClock()
+        small = endpoint("a", window=5, simulated=True)
+        fleet = Fleet(clock, a=["no"], b=["ok"])
+        reply, _, _ = await ask(Fallback(clock), clock, fleet, small, endpoint("b", window=1000), prompt="w " * 50)
+        assert (reply.model, fleet.asked) == ("b", "b")
+        assert "50 tokens do not fit its window of 5" in reply.skipped[0].reason
+        _, raised, _ = await ask(Fallback(clock), clock, fleet, small, prompt="w " * 50)
+        assert isinstance(raised, errors.ContextTooLong)
+        assert (raised.tokens, raised.window, fleet.asked) == (50, 5, "b")
+        reply, raised, _ = await ask(Fallback(clock), clock, fleet, small, prompt="w " * 5)
+        assert (raised, reply.text) == (None, "no")
+
+    run(main)
+
+
+def test_an_estimate_alone_refuses_nothing() -> None:
+    async def main() -> None:
+        clock = FakeClock()
+        small = endpoint("a", window=5)
+        fleet = Fleet(clock, a=["it fits"], b=["ok"])
+        reply, _, _ = await ask(Fallback(clock), clock, fleet, small, prompt="w " * 50)
+        assert reply.text == "it fits"
+        reply, _, _ = await ask(Fallback(clock), clock, fleet, small, endpoint("b"), prompt="w " * 50)
+        assert reply.model == "b"
+        assert "(estimated)" in reply.skipped[0].reason
+
+    run(main)
