@@ -110,7 +110,8 @@ def started(monkeypatch):
 
 def test_lab_opens_the_quickstart_of_the_clone(started, capsys) -> None:
     assert main(["lab"]) == 3
-    assert started == [[sys.executable, "-m", "jupyterlab", str(ROOT / "notebooks" / "quickstart.ipynb")]]
+    address = "--LabApp.default_url=/lab/tree/quickstart.ipynb"
+    assert started == [[sys.executable, "-m", "jupyterlab", str(ROOT / "notebooks" / "quickstart.ipynb"), address]]
     assert "quickstart.ipynb" in capsys.readouterr().out
 
 
@@ -135,9 +136,9 @@ def test_lab_without_a_clone_copies_the_packaged_notebook(started, elsewhere, mo
 
 def test_lab_hands_on_what_it_does_not_know(started) -> None:
     main(["lab", "--port", "9999", "--no-browser"])
-    assert started[0][4:] == ["--port", "9999", "--no-browser"]
+    assert started[0][5:] == ["--port", "9999", "--no-browser"]
     main(["lab", ".", "--ip=0.0.0.0"])
-    assert started[1][4:] == ["--ip=0.0.0.0"]
+    assert started[1][5:] == ["--ip=0.0.0.0"]
 
 
 def test_lab_lets_root_in(started, monkeypatch) -> None:

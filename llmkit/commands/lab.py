@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from llmkit.errors import ConfigError
 
@@ -29,7 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("jupyterlab") is None:
         raise ConfigError("JupyterLab is not installed here", next_step='pip install "llmkit[lab]"')
     notebook = _notebook(arguments.path)
-    command = [sys.executable, "-m", "jupyterlab", str(notebook), *arguments.others]
+    # The address that is printed leads to the notebook as well: not everybody has a browser that opens by itself.
+    address = f"--LabApp.default_url=/lab/tree/{quote(notebook.name)}"
+    command = [sys.executable, "-m", "jupyterlab", str(notebook), address, *arguments.others]
     if hasattr(os, "geteuid") and os.geteuid() == 0 and not any(o.startswith("--allow-root") for o in arguments.others):
         command.append("--allow-root")  # in a container one is root, and Jupyter would refuse to start
     print(f"opening {notebook} in JupyterLab; Ctrl-C twice ends it", flush=True)
