@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from llmkit import __version__
 from llmkit.config import Config
+from llmkit.environment import Environment
 from llmkit.errors import LLMKitError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Finding:
 
 def examine(environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Look at one thing after the other; each is told as soon as it is known. At most some seconds in all."""
+    environ = Environment.over(environ)
     yield Finding("llmkit", "ok", f"{__version__} · Python {platform.python_version()} · {platform.system()}")
     yield Finding("packages", "ok", " · ".join(f"{name} {_version(name)}" for name in PACKAGES))
     try:
