@@ -270,10 +270,14 @@ class Simulator(httpx.AsyncBaseTransport):
         thread = threading.Thread(target=thread_main, name="llmkit-simulator", daemon=True)
         thread.start()
         try:
-            yield started.result()
+            url = started.result()
+        except Exception:
+            thread.join()  # it could not start, so it ends by itself; its loop may be closed already
+            raise
+        try:
+            yield url
         finally:
-            if stop and thread.is_alive():
-                stop[0]()
+            stop[0]()
             thread.join()
 
     def run_forever(
