@@ -7,8 +7,9 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from llmkit.account import Hold
     from llmkit.endpoint import Endpoint, Link
     from llmkit.events import Event
     from llmkit.reply import Usage
@@ -110,7 +111,8 @@ class Skipped:
 class Trail:
     """What happened to one call, in order. The only thing of a call that changes.
 
-    ``listener`` hears every event of this call, on the event loop's thread.
+    ``listener`` hears every event of this call, on the event loop's thread. ``saved``: USD that a stored or shared
+    answer would have cost. ``warnings``: what the caller should know although nothing failed, in sentences.
     """
 
     listener: Callable[[Event], object] | None = None
@@ -118,6 +120,8 @@ class Trail:
     skipped: list[Skipped] = field(default_factory=list)
     waited_s: float = 0.0
     attempts_begun: int = 0
+    saved: Decimal | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def spent(self) -> Decimal | None:
@@ -150,6 +154,13 @@ class Call:
         max_cost_usd, max_total_tokens: the cap of this one request, all attempts together.
         max_cost_is_default: nobody asked for ``max_cost_usd``: it is the one that is on without asking.
         degraded_text: what to answer when every link is out.
+        cache: ``use``, ``refresh`` (ask anew and store), ``off`` (neither read nor store) or ``only`` (never ask).
+        repeat: which sample of the answer is wanted: each number has an answer of its own.
+        namespace: whose answers may be shared with this call; "" everybody's.
+        request_key: what identical requests have in common, set by the cache layer; None above it and where it is off.
+        hold: what is set aside for the next attempt, set by the budget layer; None where nothing is.
+        on_send: to be called when the connection stands, right before the request goes out; its awaitable, if it gives
+            one, is waited for. Set by the meter.
     """
 
     request_id: str
@@ -168,7 +179,13 @@ class Call:
     max_cost_is_default: bool = False
     max_total_tokens: int | None = None
     degraded_text: str | None = None
+    cache: str = "use"
+    repeat: int = 0
+    namespace: str = ""
+    request_key: str | None = None
     link: Link | None = None
+    hold: Hold | None = None
+    on_send: Callable[[], Awaitable[None] | None] | None = None
     trail: Trail = field(default_factory=Trail)
 
     def to(self, **changes: Any) -> Call:

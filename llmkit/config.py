@@ -36,7 +36,17 @@ if TYPE_CHECKING:
     from llmkit.endpoint import Link
     from llmkit.settings import Place
 
-__all__ = ["PRESETS", "BreakerSettings", "BudgetSettings", "Config", "Default", "RetrySettings"]
+__all__ = [
+    "PRESETS",
+    "AlertSettings",
+    "BreakerSettings",
+    "BudgetSettings",
+    "CacheSettings",
+    "Config",
+    "Default",
+    "Limit",
+    "RetrySettings",
+]
 
 MAX_FILE_BYTES = 1_000_000
 FILE, PROJECT = "llmkit.toml", "pyproject.toml"
@@ -54,16 +64,83 @@ PRESETS = {
 """Time limits by what is waited for: somebody who chats, or code that is written."""
 
 
+WINDOWS = ("session", "hour", "day", "week", "month", "total")
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What may be spent in each ``window`` (of `WINDOWS`), by whom or for what; None is no limit of that unit.
+
+    Attributes:
+        kind: ``all``, ``user``, ``tag`` or ``model``.
+        name: which of that kind: a user, ``key=value``, an endpoint's name; ``*`` and ``key=*`` set each one its own.
+        is_default: nobody asked for it: it is one of those that hold without asking.
+    """
+
+    window: str
+    usd: Decimal | None = None
+    tokens: int | None = None
+    kind: str = "all"
+    name: str = ""
+    is_default: bool = False
+
+
+_DEFAULT_LIMITS = {"session": Decimal(5), "day": Decimal(20)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetSettings:
-    """``[budget]``: what one request may cost, all its attempts together; None means no cap.
+    """``[budget]``: what one request may cost, all its attempts together (None: no cap), and what all of them may.
 
-    ``request_usd_set`` tells a cap that somebody asked for from the one that holds by default.
+    Attributes:
+        request_usd_set: tells a cap that somebody asked for from the one that holds by default.
+        limits: of sessions, hours, days, … as many as there are.
+        at_limit: ``error``, ``downgrade`` (to a cheaper link of the chain, else an error) or ``warn`` (and go on).
+        warn_at: the share of a limit from which on there is a warning.
+        timezone: where hours, days, weeks (from Monday) and months begin.
     """
 
     request_usd: Decimal | None = Decimal("0.50")
     request_tokens: int | None = None
     request_usd_set: bool = False
+    limits: tuple[Limit, ...] = tuple(Limit(window, usd, is_default=True) for window, usd in _DEFAULT_LIMITS.items())
+    at_limit: str = "error"
+    warn_at: float = 0.8
+    timezone: str = "UTC"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """``[cache]``: which answers are kept, how long, and for whom.
+
+    Attributes:
+        ttl_s: how long an answer is good, in seconds; None for ever.
+        max_bytes: of the store; memory_bytes: of what this process keeps beside it.
+        namespace: ``shared``, ``user`` (each user's answers are his own) or ``tag:NAME`` (by the value of that tag).
+        persist: whether answers are written anywhere at all; else they end with the process.
+    """
+
+    enabled: bool = True
+    ttl_s: int | None = 7 * 86_400
+    max_bytes: int = 10**9
+    memory_bytes: int = 64 * 10**6
+    namespace: str = "shared"
+    persist: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlertSettings:
+    """``[alerts]``: spending that somebody should hear of; None is never.
+
+    Attributes:
+        call_usd, hour_usd, day_usd: in USD.
+        jump: this hour against the usual one: how many times as much.
+    """
+
+    call_usd: Decimal | None = Decimal(1)
+    hour_usd: Decimal | None = Decimal(5)
+    day_usd: Decimal | None = Decimal(15)
+    jump: float | None = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +192,11 @@ class Config:
     timeouts: Timeouts
     retry: RetrySettings
     breaker: BreakerSettings
+    cache: CacheSettings
+    alerts: AlertSettings
     degraded_text: str | None
     state_url: str
+    state_on_failure: str
     providers: Mapping[str, ProviderEntry]
     file: Path | None
     notices: tuple[str, ...]
@@ -175,12 +255,15 @@ class Config:
         return cls(
             model=tree.get("model"),
             offline=tree.get("offline", False),
-            budget=_budget(tree.get("budget", {}).get("request", {})),
+            budget=_budget(tree.get("budget", {}), blame),
             timeouts=_timeouts(tree.get("timeout", {})),
             retry=_retry(tree.get("retry", {}), blame),
             breaker=BreakerSettings(**tree.get("breaker", {})),
+            cache=_cache(tree.get("cache", {})),
+            alerts=AlertSettings(**tree.get("alerts", {})),
             degraded_text=tree.get("degraded", {}).get("text"),
             state_url=tree.get("state", {}).get("url", "sqlite"),
+            state_on_failure=tree.get("state", {}).get("on_failure", "refuse"),
             providers=providers,
             file=next((source.file for source in sources if source.file), None),
             notices=(*_without_effect(tree), *(note for source in sources for note in source.notes)),
@@ -510,9 +593,29 @@ def _provider(name: str, table: Mapping[str, Any], blame: _Blame) -> ProviderEnt
     return entry
 
 
-def _budget(request: Mapping[str, Any]) -> BudgetSettings:
-    changes = {f"request_{unit}": value for unit, value in request.items()}
-    return BudgetSettings(**changes, request_usd_set="usd" in request)
+def _budget(table: Mapping[str, Any], blame: _Blame) -> BudgetSettings:
+    request = table.get("request", {})
+    caps = {f"request_{unit}": value for unit, value in request.items()}
+    other = {name: table[name] for name in ("at_limit", "warn_at", "timezone") if name in table}
+    limits: list[Limit] = []
+    for window in WINDOWS:
+        default = _DEFAULT_LIMITS.get(window)
+        given = table.get(window, {})
+        usd = given.get("usd", default)
+        if usd is not None or given.get("tokens") is not None:
+            is_default = default is not None and "usd" not in given
+            limits.append(Limit(window, usd, given.get("tokens"), is_default=is_default))
+    for kind in ("user", "tag", "model"):
+        for name, windows in table.get(kind, {}).items():
+            if kind == "tag" and not re.fullmatch(r"[^=]+=.+", name):
+                raise blame(f"budget.tag.{name}: a tag is key=value, or key=* for each value", ("budget", kind, name))
+            limits += [Limit(w, each.get("usd"), each.get("tokens"), kind, name) for w, each in windows.items()]
+    kept = tuple(limit for limit in limits if limit.usd is not None or limit.tokens is not None)
+    return BudgetSettings(**caps, request_usd_set="usd" in request, limits=kept, **other)
+
+
+def _cache(table: Mapping[str, Any]) -> CacheSettings:
+    return CacheSettings(**{("ttl_s" if name == "ttl" else name): value for name, value in table.items()})
 
 
 def _timeouts(table: Mapping[str, Any]) -> Timeouts:
@@ -533,15 +636,6 @@ def _retry(table: Mapping[str, Any], blame: _Blame) -> RetrySettings:
 def _without_effect(tree: Mapping[str, Any]) -> tuple[str, ...]:
     """One sentence for each setting that is read and does nothing yet. A cap that nobody keeps must not look like one."""
     notices = []
-    budget = tree.get("budget", {})
-    if scopes := [scope for scope in budget if scope not in {"request", "at_limit"} and budget[scope]]:
-        notices.append(f"[budget] {', '.join(scopes)}: not enforced in this version; only request is")
-    if budget.get("at_limit", "error") != "error":
-        notices.append(
-            f'[budget] at_limit = "{budget["at_limit"]}" has no effect in this version; a cap is always an error'
-        )
-    if tree.get("cache", {}).get("enabled", bool(tree.get("cache"))):
-        notices.append("[cache] has no effect in this version; nothing is cached")
     notices += [
         f"[{table}] has no effect in this version" for table in ("rate_limit", "guardrails", "slo") if tree.get(table)
     ]

@@ -9,6 +9,7 @@
     │  ├─ RateLimited               our own limit, not the provider's
     │  ├─ CircuitOpen               the endpoint's breaker is open
     │  ├─ ContextTooLong            more tokens than the model's window
+    │  ├─ NotCached                 only a stored answer was wanted, and there is none
     │  └─ PriceUnknown              a USD cap is set and the model has no price
     ├─ ProviderError                the provider, or the way to it, failed
     │  ├─ AuthenticationError       401, 403, or no key
@@ -67,6 +68,7 @@ __all__ = [
     "InvalidRequest",
     "LLMKitError",
     "ModelNotFound",
+    "NotCached",
     "PriceUnknown",
     "ProviderError",
     "ProviderOverloaded",
@@ -152,6 +154,8 @@ class BudgetExceeded(CallRejected):
         limit, spent_before, held: in ``unit`` (``usd`` as Decimal, or ``tokens`` as int).
         needed: the worst case that did not fit, in the same unit.
         resets_at: when the scope starts anew; None for scopes that do not.
+        unknown: what of ``spent_before`` is the worst case of attempts that nobody saw the end of.
+        downgrade: whether a cheaper link of the chain may be used instead.
     """
 
     default_next_step = (
@@ -169,9 +173,13 @@ class BudgetExceeded(CallRejected):
         spent_before: Decimal | int = 0,
         held: Decimal | int = 0,
         resets_at: datetime | None = None,
+        unknown: Decimal | int = 0,
+        downgrade: bool = False,
         next_step: str | None = None,
     ) -> None:
         super().__init__(message, next_step=next_step)
+        self.unknown = unknown
+        self.downgrade = downgrade
         self.scope = scope
         self.limit = limit
         self.needed = needed
@@ -179,6 +187,12 @@ class BudgetExceeded(CallRejected):
         self.spent_before = spent_before
         self.held = held
         self.resets_at = resets_at
+
+
+class NotCached(CallRejected):
+    """The answer is not in the cache, and ``cache="only"`` forbids to ask for it."""
+
+    default_next_step = "ask for it: --cache use"
 
 
 class GuardrailBlocked(CallRejected):

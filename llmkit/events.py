@@ -10,9 +10,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from decimal import Decimal
+
     from llmkit.call import Attempt, Call
 
-__all__ = ["AttemptEnded", "AttemptStarted", "CircuitChanged", "Event", "FellBack", "Waiting", "emit"]
+__all__ = [
+    "AlertRaised",
+    "AttemptEnded",
+    "AttemptStarted",
+    "BudgetWarning",
+    "CircuitChanged",
+    "Event",
+    "FellBack",
+    "Waiting",
+    "emit",
+]
 
 log = logging.getLogger("llmkit")
 
@@ -64,6 +76,24 @@ class CircuitChanged(Event):
     endpoint: str
     before: str
     after: str
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetWarning(Event):
+    """A budget is used up to a part that deserves a word: ``message`` says which, how far, and when it resets."""
+
+    scope: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class AlertRaised(Event):
+    """Spending is unusual. ``kind``: ``call``, ``hour``, ``day`` or ``jump``; amounts in USD."""
+
+    kind: str
+    message: str
+    spent: Decimal
+    threshold: Decimal
 
 
 def emit(call: Call, event: Event) -> None:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from llmkit.events import Event
 
-__all__ = ["Options"]
+__all__ = ["CACHE_MODES", "Options"]
+
+CACHE_MODES = ("use", "refresh", "off", "only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,8 @@ class Options:
         timeout: seconds in all; ``"chat"`` or ``"code"``; or a `llmkit.call.Timeouts`.
         user, tags: whom and what the cost is booked for.
         extra: further fields of the request body, passed on as they are.
+        cache: ``"use"`` (default), ``"refresh"`` (ask anew, and store), ``"off"``, ``"only"`` (never ask).
+        repeat: 0 and up: which sample of the answer; each number has an answer of its own in the cache.
         request_id: a unique id of your own, instead of a generated one.
         on_event: hears what happens to this call (`llmkit.events`), on the event loop's thread.
     """
@@ -50,6 +54,8 @@ class Options:
     user: str | None = None
     tags: Mapping[str, str] | None = None
     extra: Mapping[str, Any] | None = None
+    cache: str | None = None
+    repeat: int | None = None
     request_id: str | None = None
     on_event: Callable[[Event], object] | None = None
 
@@ -80,6 +86,9 @@ class Options:
         _number("top_p", self.top_p, 0, 1)
         _whole("max_tokens", self.max_tokens, 1)
         _whole("seed", self.seed, None)
+        _whole("repeat", self.repeat, 0)
+        if self.cache is not None and self.cache not in CACHE_MODES:
+            raise ConfigError(f"cache is one of {', '.join(CACHE_MODES)}, not {self.cache!r:.60}")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or ()
         if not isinstance(stops, Sequence) or not all(isinstance(stop, str) and stop for stop in stops):
             raise ConfigError("stop is a text, or a list of texts, none of them empty")

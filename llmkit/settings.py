@@ -24,7 +24,9 @@ __all__ = ["OFF", "SETTINGS", "Rule", "check", "flat_names", "key_inside", "near
 
 OFF = "off"
 ANY_NAME = "*"
+ANY_TEXT = "**"
 REQUIRED = "!"
+_PLACEHOLDERS = frozenset({ANY_NAME, ANY_TEXT, REQUIRED})
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _UNITS_B = {
@@ -40,6 +42,7 @@ _UNITS_B = {
 }
 _FLAGS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+_LONGEST_TEXT = 200
 _ON = frozenset({"context_too_long", "refused"})
 
 # Narrower than what redaction hides: a model may well be called hf-internal-testing/tiny.
@@ -162,9 +165,24 @@ def _variable(_: Rule, value: Any) -> str:
 
 def _store(rule: Rule, value: Any) -> str:
     text = _text(rule, value)
-    if text.startswith(("redis://", "rediss://")):
-        raise ValueError('"sqlite", "sqlite:///FILE" or "memory": Redis is not supported in this version')
-    if text not in {"sqlite", "memory"} and not re.match(r"sqlite:///.", text):
+    if text not in {"sqlite", "memory"} and not re.match(r"(?:sqlite:///|rediss?://).", text):
+        raise ValueError
+    return text
+
+
+def _zone(rule: Rule, value: Any) -> str:
+    from zoneinfo import ZoneInfo
+
+    text = _text(rule, value)
+    try:
+        return ZoneInfo(text).key
+    except (OSError, ValueError):  # not found; or no name of one, such as a path
+        raise ValueError from None
+
+
+def _namespace(rule: Rule, value: Any) -> str:
+    text = _text(rule, value)
+    if text not in {"shared", "user"} and not re.match("tag:.", text):
         raise ValueError
     return text
 
@@ -192,6 +210,8 @@ _READERS: dict[str, Callable[[Rule, Any], Any]] = {
     "url": _url,
     "variable": _variable,
     "store": _store,
+    "zone": _zone,
+    "namespace": _namespace,
     "duration": _scaled(_UNITS_S),
     "size": _scaled(_UNITS_B),
     "any": lambda _, value: value,
@@ -215,6 +235,8 @@ _VARIABLE = Rule(
 )
 _ANY = Rule("any")
 _CAP = {"usd": _USD, "tokens": _TOKENS}
+_WINDOWED = dict.fromkeys(("session", "hour", "day", "week", "month", "total"), _CAP)
+_ALERT = Rule("usd", "0.000001", "1000000", off=True)
 _OPEN_TABLE = {ANY_NAME: _ANY}
 
 _LIMITS: dict[str, Any] = {
@@ -261,15 +283,13 @@ SETTINGS: dict[str, Any] = {
     },
     "budget": {
         "request": _CAP,
-        "session": _CAP,
-        "hour": _CAP,
-        "day": _CAP,
-        "week": _CAP,
-        "month": _CAP,
-        "user": _OPEN_TABLE,
-        "tag": _OPEN_TABLE,
-        "model": _OPEN_TABLE,
+        **_WINDOWED,
+        "user": {ANY_TEXT: _WINDOWED},
+        "tag": {ANY_TEXT: _WINDOWED},
+        "model": {ANY_TEXT: _WINDOWED},
         "at_limit": Rule("text", choices=("error", "downgrade", "warn")),
+        "warn_at": Rule("number", "0.01", "1", words=" (a share of the limit)"),
+        "timezone": Rule("zone", words='the name of a time zone, such as "UTC" or "Europe/Berlin"'),
     },
     "timeout": {
         "preset": Rule("text", choices=("chat", "code")),
@@ -290,8 +310,17 @@ SETTINGS: dict[str, Any] = {
     },
     "cache": {
         "enabled": _FLAG,
-        "ttl": Rule("duration", words='a time such as "7d", "12h" or "90s"'),
+        "ttl": Rule("duration", off=True, words='a time such as "7d", "12h" or "90s", or "off" for no end'),
         "max_bytes": Rule("size", words='a size such as "1GB" or "500MB"'),
+        "memory_bytes": Rule("size", words='a size such as "64MB"'),
+        "namespace": Rule("namespace", words='"shared", "user" or "tag:NAME"'),
+        "persist": _FLAG,
+    },
+    "alerts": {
+        "call_usd": _ALERT,
+        "hour_usd": _ALERT,
+        "day_usd": _ALERT,
+        "jump": Rule("number", "1.5", "1000", off=True, words=" (times the usual hour)"),
     },
     "degraded": {"text": Rule("text", words="text", high="10000")},
     "rate_limit": _OPEN_TABLE,
@@ -303,9 +332,12 @@ SETTINGS: dict[str, Any] = {
             "mean_cost_usd": Rule("usd", "0", "1000000"),
         }
     },
-    "state": {"url": Rule("store", words='"sqlite", "sqlite:///FILE" or "memory"')},
+    "state": {
+        "url": Rule("store", words='"sqlite", "sqlite:///FILE", "memory" or "redis://HOST:PORT/NUMBER"'),
+        "on_failure": Rule("text", choices=("refuse", "continue")),
+    },
 }
-"""Every setting: a table is a dict, ``*`` stands for any name, a `Rule` is what one key may be."""
+"""Every setting: a table is a dict, ``*`` and ``**`` stand for any name or text, a `Rule` is what one key may be."""
 
 
 def flat_names() -> dict[str, tuple[tuple[str, ...], Rule]]:
@@ -314,7 +346,7 @@ def flat_names() -> dict[str, tuple[tuple[str, ...], Rule]]:
 
     def walk(table: Mapping[str, Any], path: tuple[str, ...]) -> None:
         for name, rule in table.items():
-            if name in {ANY_NAME, REQUIRED}:
+            if name in _PLACEHOLDERS:
                 continue
             if isinstance(rule, Rule):
                 found["_".join((*path, name))] = ((*path, name), rule)
@@ -345,11 +377,14 @@ def check(value: Any, rule: Any, path: Place, fail: Fail) -> Any:
 
 def _table(value: Any, rules: Mapping[str, Any], path: Place, fail: Fail) -> dict[str, Any]:
     if not isinstance(value, dict):
-        keys = ", ".join(name for name in rules if name not in {ANY_NAME, REQUIRED})
+        keys = ", ".join(name for name in rules if name not in _PLACEHOLDERS)
         raise fail(f"{_dotted(path)} must be a table{f' of {keys}' if keys else ''}, not {shown(value)}", path)
     checked = {}
     for name, item in value.items():
         rule = rules.get(name) if name != REQUIRED else None
+        if rule is None and ANY_TEXT in rules:
+            _check_text(name, path, fail)
+            rule = rules[ANY_TEXT]
         if rule is None and ANY_NAME in rules:
             _check_name(name, path, fail)
             rule = rules[ANY_NAME]
@@ -370,9 +405,15 @@ def _check_name(name: object, path: Place, fail: Fail) -> None:
         )
 
 
+def _check_text(name: object, path: Place, fail: Fail) -> None:
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _LONGEST_TEXT:
+        words = f"1 to {_LONGEST_TEXT} printable characters"
+        raise fail(f"{_dotted(path)}: a name there is {words}, not {shown(name)}", (*path, str(name)))
+
+
 def _unknown(name: str, rules: Mapping[str, Any], path: Place, fail: Fail) -> ConfigError:
     where = f"[{_dotted(path)}]" if path else "the settings"
-    names = [key for key in rules if key not in {ANY_NAME, REQUIRED}]
+    names = [key for key in rules if key not in _PLACEHOLDERS]
     here = (*path, name)
     if not nearest(name, names) and re.fullmatch(_KEY_NAME, str(name)):
         step = 'put the key into an environment variable, and the variable\'s name here: api_key_env = "NAME"'

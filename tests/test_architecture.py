@@ -32,7 +32,7 @@ ORDER = [
     {"events", "state", "models", "guards"},
     {"reply"},
     {"call"},
-    {"clock", "endpoint", "environment", "places", "redaction", "shield"},
+    {"clock", "account", "endpoint", "environment", "places", "redaction", "shield"},
     {"errors"},
 ]
 RANK = {part: rank for rank, parts in enumerate(reversed(ORDER)) for part in parts}
