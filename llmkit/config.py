@@ -55,7 +55,7 @@ PREFIX = "LLMKIT_"
 _ENVIRON = Environment(os.environ)
 
 # Read elsewhere, so neither settings nor mistakes.
-_OTHER_VARIABLES = frozenset({"LLMKIT_DATA_DIR", "LLMKIT_DISPLAY"})
+_OTHER_VARIABLES = frozenset({"LLMKIT_DATA_DIR", "LLMKIT_DISPLAY", "LLMKIT_REDIS_PASSWORD"})
 
 PRESETS = {
     "chat": Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=30.0),
@@ -74,7 +74,7 @@ class Limit:
     Attributes:
         kind: ``all``, ``user``, ``tag`` or ``model``.
         name: which of that kind: a user, ``key=value``, an endpoint's name; ``*`` and ``key=*`` set each one its own.
-        is_default: nobody asked for it: it is one of those that hold without asking.
+        is_default: nobody asked for ``usd``: it is one of those that hold without asking.
     """
 
     window: str

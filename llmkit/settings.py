@@ -176,7 +176,7 @@ def _zone(rule: Rule, value: Any) -> str:
     text = _text(rule, value)
     try:
         return ZoneInfo(text).key
-    except (OSError, ValueError):  # not found; or no name of one, such as a path
+    except (KeyError, OSError, ValueError):  # not found; or no name of one, such as a path
         raise ValueError from None
 
 

@@ -10,7 +10,7 @@ from textwrap import dedent
 import pytest
 
 import llmkit
-from llmkit.config import Config
+from llmkit.config import AlertSettings, CacheSettings, Config, Limit
 from llmkit.errors import ConfigError
 
 KEY = "sk-proj-abcdEFGH1234567890abcd"
@@ -117,6 +117,12 @@ def test_the_documented_example_loads(folder) -> None:
     assert (config.breaker.failures, config.breaker.successes, config.breaker.minimum_calls) == (5, 2, 5)
     assert config.degraded_text == "The assistant is busy; please try again in a minute."
     assert config.state_url == "sqlite"
+    assert config.budget.limits == (
+        Limit("session", Decimal("1.00")),
+        Limit("day", Decimal("5.00")),
+        Limit("month", Decimal("50.00"), 10_000_000),
+    )
+    assert (config.cache.enabled, config.cache.ttl_s, config.cache.max_bytes) == (True, 7 * 86_400, 10**9)
     assert str(config.default_model()) == "smart (from llmkit.toml)"
     assert list(config.aliases()) == ["smart", "local"]
     assert config.file == folder / "llmkit.toml"
@@ -124,11 +130,10 @@ def test_the_documented_example_loads(folder) -> None:
 
 def test_what_has_no_effect_is_said(folder) -> None:
     notices = "\n".join(load(folder, SURFACE).notices)
-    for name in ("session, day, month", "[cache]", "[slo]", "local: max_concurrency"):
+    for name in ("[slo]", "local: max_concurrency"):
         assert name in notices
-    assert "guardrails" not in notices  # empty tables ask for nothing
-    assert load(folder, 'budget.at_limit = "warn"').notices
-    assert load(folder, "cache.enabled = false").notices == ()
+    for name in ("guardrails", "budget", "cache"):  # an empty table asks for nothing, and the others do what they say
+        assert name not in notices
     assert load(folder, "budget.request.usd = 1\nbudget.at_limit = 'error'").notices == ()
 
 
@@ -140,6 +145,72 @@ def test_without_any_setting_the_defaults_hold(folder) -> None:
     assert (config.budget.request_usd, config.budget.request_usd_set) == (Decimal("0.50"), False)
     assert (config.timeouts.first_token, config.timeouts.total, config.timeouts.first_token_set) == (30.0, 120.0, False)
     assert (config.retry.attempts, config.breaker.failures, config.offline) == (4, 5, False)
+
+
+def test_session_and_day_have_limits_that_nobody_set_and_one_line_lifts(folder) -> None:
+    by_default = load(folder).budget
+    assert by_default.limits == (
+        Limit("session", Decimal(5), is_default=True),
+        Limit("day", Decimal(20), is_default=True),
+    )
+    assert load(folder, environ={"LLMKIT_BUDGET_SESSION_USD": "off"}).budget.limits == by_default.limits[1:]
+    assert load(folder, budget={"session": {"usd": 7}}).budget.limits[0] == Limit("session", Decimal(7))
+    assert load(folder, "budget.day.usd = 'off'").budget.limits == by_default.limits[:1]
+    assert load(folder, "budget.day.tokens = 9").budget.limits[1] == Limit("day", Decimal(20), 9, is_default=True)
+
+
+def test_limits_of_users_tags_and_models(folder) -> None:
+    text = """
+        [budget]
+        timezone = "Europe/Berlin"
+        at_limit = "downgrade"
+        session = { usd = "off" }
+        day = { usd = "off" }
+        [budget.user."*"]
+        day = { usd = 1 }
+        [budget.user."ana@example.org"]
+        day = { usd = 2 }
+        month = { usd = "off", tokens = 1000 }
+        [budget.tag."app=docs"]
+        total = { usd = 3 }
+        [budget.model."openai:gpt-5"]
+        hour = { usd = "off" }
+    """
+    budget = load(folder, text).budget
+    assert (budget.timezone, budget.at_limit, budget.warn_at) == ("Europe/Berlin", "downgrade", 0.8)
+    assert budget.limits == (
+        Limit("day", Decimal(1), None, "user", "*"),
+        Limit("day", Decimal(2), None, "user", "ana@example.org"),
+        Limit("month", None, 1000, "user", "ana@example.org"),
+        Limit("total", Decimal(3), None, "tag", "app=docs"),
+    )
+
+
+def test_cache_alerts_and_state_are_read(folder) -> None:
+    text = """
+        [cache]
+        enabled = false
+        ttl = "off"
+        memory_bytes = "1MB"
+        namespace = "tag:app"
+        persist = false
+        [alerts]
+        call_usd = "off"
+        jump = 3
+        [state]
+        url = "redis://127.0.0.1:6379/2"
+        on_failure = "continue"
+    """
+    config = load(folder, text)
+    assert config.cache == CacheSettings(
+        enabled=False, ttl_s=None, memory_bytes=10**6, namespace="tag:app", persist=False
+    )
+    assert config.alerts == AlertSettings(call_usd=None, jump=3.0)
+    assert (config.state_url, config.state_on_failure) == ("redis://127.0.0.1:6379/2", "continue")
+    assert "password" in refused(folder, "[state]\nurl = 'redis://:hunter2@h:6379'").message
+    url = "redis://:hunter2@h:6379"
+    (folder / "llmkit.toml").unlink()
+    assert load(folder, environ={"LLMKIT_STATE_URL": url}).state_url == url
 
 
 # -- which file --------------------------------------------------------------------------------------------------------
@@ -222,7 +293,17 @@ MISTAKES = [
     ("[breaker]\nrate = 1.5", 2, "from 0.001 to 1"),
     ("[cache]\nttl = '7 fortnights'", 2, '"7d"'),
     ("[cache]\nmax_bytes = 'big'", 2, '"1GB"'),
-    ("[state]\nurl = 'redis://localhost'", 2, "not supported in this version"),
+    ("[state]\nurl = 'redis://'", 2, '"redis://HOST:PORT/NUMBER"'),
+    ("[state]\non_failure = 'ignore'", 2, '"refuse" or "continue"'),
+    ("[budget]\ntimezone = 'Mars/Olympus'", 2, "the name of a time zone"),
+    ("[budget]\ntimezone = '../../etc/passwd'", 2, "the name of a time zone"),
+    ("[budget]\nwarn_at = 80", 2, "a share of the limit"),
+    ("[budget.user.ana]\nfortnight = { usd = 1 }", 2, "there are session, hour, day, week, month, total"),
+    ("[budget.tag.docs]\nday = { usd = 1 }", 1, "a tag is key=value"),
+    ('[budget.user."a\\u0000b"]\nday = { usd = 1 }', 1, "printable characters"),
+    ("[cache]\nttl = 'soon'", 2, '"7d"'),
+    ("[cache]\nnamespace = 'tag'", 2, '"tag:NAME"'),
+    ("[alerts]\njump = 1", 2, "times the usual hour"),
     ("[state]\nurl = 'postgres://x'", 2, '"memory"'),
     ("[slo.a]\np95 = 3", 2, "did you mean p95_s?"),
     ("[degraded]\ntext = ''", 2, "must be text"),
