@@ -54,7 +54,7 @@ class Simulator(httpx.AsyncBaseTransport):
         disconnects: how many calls the client left before their end.
     """
 
-    def __init__(  # noqa: PLR0913 - settings, by keyword
+    def __init__(
         self,
         answer: str | Callable[[dict[str, Any]], str] | None = None,
         *,
