@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from llmkit.events import Event
     from llmkit.reply import Usage
 
-__all__ = ["Attempt", "Call", "Message", "Params", "Skipped", "Timeouts", "Trail", "messages_from"]
+__all__ = ["CACHE_MODES", "Attempt", "Call", "Message", "Params", "Skipped", "Timeouts", "Trail", "messages_from"]
+
+CACHE_MODES = ("use", "refresh", "off", "only")
 
 
 @dataclass(frozen=True, slots=True)

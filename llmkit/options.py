@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
-from llmkit.call import Params, Timeouts
+from llmkit.call import CACHE_MODES, Params, Timeouts
 from llmkit.config import PRESETS
 from llmkit.errors import ConfigError
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from llmkit.events import Event
 
 __all__ = ["CACHE_MODES", "Options"]
-
-CACHE_MODES = ("use", "refresh", "off", "only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from IPython.core.magic_arguments import MagicArgumentParser
 
+from llmkit.call import CACHE_MODES
 from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ FORMATS = ("markdown", "text", "json", "code", "html")
 HELP = "%%llm? shows every option with an example"
 
 # Promised for later, so neither unknown nor misspelt.
-LATER = ("--chat", "--schema", "--image", "--cache", "--repeat", "--tier", "--plan")
+LATER = ("--chat", "--schema", "--image", "--repeat", "--tier", "--plan")
 
 DESCRIPTION = """%%llm [NAME <<] [options]
 
@@ -125,6 +126,12 @@ def _parser() -> _Parser:
     add(
         "--tag", type=tag, action="append", metavar="K=V", help="what it is booked for; may be repeated. --tag app=docs"
     )
+    add(
+        "--cache",
+        choices=CACHE_MODES,
+        help="use: a stored answer where there is one; refresh: ask anew, and store; off: neither look nor store; "
+        "only: never ask. --cache refresh",
+    )
     preset = "SECONDS|chat|code"
     add("--timeout", type=_seconds_or_preset, metavar=preset, help="time for the whole call. --timeout 20")
     add("--format", choices=FORMATS, help="how the answer is shown; HTML is shown as source, never run. --format json")
@@ -156,7 +163,9 @@ def parse(line: str) -> CellLine:
     _refuse_unknown(extra)
     if given.output is not None:
         names += (_name(given.output),)
-    options = {name: getattr(given, name) for name in ("model", "system", "temperature", "max_tokens", "seed", "user")}
+    options = {
+        name: getattr(given, name) for name in ("model", "system", "temperature", "max_tokens", "seed", "user", "cache")
+    }
     options |= {"max_cost": given.max_cost, "stop": given.stop, "timeout": given.timeout}
     options["tags"] = dict(given.tag) if given.tag else None
     return CellLine(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
 from traitlets import Bool, Enum, Float, Int, Unicode, Union, validate
 
+from llmkit.call import CACHE_MODES
 from llmkit.errors import ConfigError, LLMKitError
 from llmkit.notebook.arguments import FORMATS, documented, parse
 from llmkit.notebook.session import MODES, Session, display_mode
@@ -47,13 +48,16 @@ class LLMMagics(Magics):
         help="Seconds for a whole call, or 'chat', or 'code'.",
     ).tag(config=True)
     user = Unicode("", help="Whom the cost of cells is booked for.").tag(config=True)
+    cache = Enum(
+        ("", *CACHE_MODES), "", help="'use', 'refresh', 'off' or 'only', for cells that do not say; empty: 'use'."
+    ).tag(config=True)
     format = Enum(FORMATS, "markdown", help="How answers are shown.").tag(config=True)
     display = Enum(
         ("", *MODES), "", help="'final' shows an answer once, at its end; empty: as LLMKIT_DISPLAY says, else live."
     ).tag(config=True)
     traceback = Bool(False, help="Show the whole traceback of llmkit's errors.").tag(config=True)
 
-    _AS_OPTIONS = ("model", "system", "temperature", "max_tokens", "max_cost", "timeout", "user")
+    _AS_OPTIONS = ("model", "system", "temperature", "max_tokens", "max_cost", "timeout", "user", "cache")
 
     @classmethod
     def of(cls, shell: Any) -> LLMMagics | None:
