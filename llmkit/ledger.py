@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
-import json
 import logging
 import os
 import threading
@@ -20,20 +19,10 @@ import weakref
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from llmkit.errors import AllModelsFailed, CallRejected, LLMKitError, StoreError
-from llmkit.models.prices import from_nanos, to_nanos
-from llmkit.reply import Usage
+from llmkit import rows
+from llmkit.errors import StoreError
 from llmkit.state.owner import current_owner, is_gone
-from llmkit.state.store import (
-    AttemptBegun,
-    AttemptEnded,
-    CallBegun,
-    CallEnded,
-    Change,
-    DuplicateCall,
-    ledger_path,
-    open_store,
-)
+from llmkit.state.store import AttemptBegun, DuplicateCall, ledger_path, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,15 +35,13 @@ if TYPE_CHECKING:
     from llmkit.endpoint import Endpoint
     from llmkit.models.prices import Cost
     from llmkit.reply import Outcome
-    from llmkit.state.store import Store
+    from llmkit.rows import Row
+    from llmkit.state.store import CallBegun, Change, Store
 
 __all__ = ["Ledger"]
 
 log = logging.getLogger("llmkit")
 
-Row = dict[str, Any]
-
-MESSAGE_LENGTH = 500
 SIBLINGS = 8  # with more calls in flight than these, the loop turns often, and what is written waits for its next turn
 A_DAY = 86_400.0  # seconds; whether an owner on another host lives cannot be asked, but no call takes this long
 
@@ -140,8 +127,7 @@ class Ledger:
 
     def call_began(self, call: Call) -> None:
         """Remember the call. It is written with its first attempt, or when it ends."""
-        begun = CallBegun(call.request_id, call.started_at, call.user, _tags(call), call.model, current_owner())
-        self._open_calls[id(call.trail)] = _Entry(call.trail, begun)
+        self._open_calls[id(call.trail)] = _Entry(call.trail, rows.call_began(call, current_owner()))
 
     async def attempt_began(self, call: Call, number: int, endpoint: Endpoint, started_at: float) -> None:
         """Write that attempt ``number`` is about to be sent (``started_at`` in epoch seconds). It is stored on return.
@@ -153,16 +139,7 @@ class Ledger:
         entry.retries += endpoint.key == entry.endpoint
         entry.endpoint = endpoint.key
         entry.number = number
-        entry.changes.append(
-            AttemptBegun(
-                call.request_id,
-                number,
-                started_at,
-                endpoint.provider,
-                endpoint.model,
-                _without_secrets(endpoint.base_url),
-            )
-        )
+        entry.changes.append(rows.attempt_began(call, number, endpoint, started_at))
         await self._write(entry)
 
     def attempt_ended(self, call: Call, attempt: Attempt, cost: Cost | None = None) -> None:
@@ -176,14 +153,16 @@ class Ledger:
             entry.changes.append(
                 AttemptBegun(call.request_id, attempt.number, attempt.started, attempt.provider, attempt.model, None)
             )
-        entry.changes.append(_attempt_ended(call.request_id, attempt, cost))
+        entry.changes.append(rows.attempt_ended(call.request_id, attempt, cost))
         if attempt.status == "failed":  # a pause may follow; after any other end the call's own comes in this turn
             asyncio.get_running_loop().call_soon(self._write_soon, entry, len(entry.changes))
 
     async def call_ended(self, call: Call, outcome: Outcome) -> None:
         """Write how the call ended, and all that was remembered of it. Never fails."""
         entry = self._entry(call)
-        entry.changes.append(self._call_ended(call, outcome, entry))
+        entry.changes.append(
+            rows.call_ended(call, outcome, now=self._clock.now(), attempts=entry.number, retries=entry.retries)
+        )
         entry.ended = True
         if len(self._open_calls) > SIBLINGS and self._store is not None:
             await self._write_together(entry)
@@ -315,26 +294,6 @@ class Ledger:
         except StoreError as error:
             self._write_failed(entry, error)
 
-    def _call_ended(self, call: Call, outcome: Outcome, entry: _Entry) -> CallEnded:
-        reply, error, attempts = outcome.reply, outcome.error, call.trail.attempts
-        latency = reply.latency_s if reply is not None else None
-        return CallEnded(
-            "rejected" if _is_rejection(error) else outcome.status,
-            reply.model if reply is not None else None,
-            reply.provider if reply is not None else attempts[-1].provider if attempts else None,
-            reply.source if reply is not None else None,
-            *_tokens(_summed(attempts)),
-            _summed_nanos(attempts),
-            self._clock.now() - call.started if latency is None else latency,
-            reply.time_to_first_token_s if reply is not None else None,
-            entry.number,
-            entry.retries,
-            reply.finish_reason if reply is not None else None,
-            None if error is None else type(error).__name__,
-            error.message[:MESSAGE_LENGTH] if isinstance(error, LLMKitError) else None,
-            call.request_id,
-        )
-
     # -- the store ---------------------------------------------------------------------------------------------------
 
     def _ready(self) -> Store:
@@ -397,20 +356,20 @@ class Ledger:
         if limit is not None and limit < 1:
             raise ValueError(f"limit is {limit}, not 1 or more")
         after = since.timestamp() if isinstance(since, datetime) else since
-        rows: dict[str, Row] = {}
+        found: dict[str, Row] = {}
         for store in self._sources():
             for row in store.calls(limit=limit, since=after):
-                _take(rows, row["request_id"], row)
-        newest_last = sorted(rows.values(), key=lambda row: (row["started"], row["request_id"]))
-        return [_call_row(row) for row in newest_last[-limit if limit else None :]]
+                _take(found, row["request_id"], row)
+        newest_last = sorted(found.values(), key=lambda row: (row["started"], row["request_id"]))
+        return [rows.call_row(row) for row in newest_last[-limit if limit else None :]]
 
     def attempts(self, request_id: str) -> list[Row]:
         """The attempts of one call in their order, as dictionaries; see `calls`."""
-        rows: dict[int, Row] = {}
+        found: dict[int, Row] = {}
         for store in self._sources():
             for row in store.attempts(request_id):
-                _take(rows, row["number"], row)
-        return [_attempt_row(rows[number]) for number in sorted(rows)]
+                _take(found, row["number"], row)
+        return [rows.attempt_row(found[number]) for number in sorted(found)]
 
     def frame(self, limit: int | None = None, since: datetime | float | None = None) -> pd.DataFrame:
         """`calls` as a DataFrame of `COLUMNS`. ``model`` is the one that answered, where one did.
@@ -418,14 +377,7 @@ class Ledger:
         ``cost_usd`` is a float64 here, so that it can be summed and plotted; it is exact to the nano-dollar up to
         millions of dollars. Unknown is NaN or NA, never 0.
         """
-        import pandas as pd
-
-        frame = pd.DataFrame.from_records(self.calls(limit, since), columns=[*COLUMNS, "response_model"])
-        frame["model"] = frame.pop("response_model").where(lambda model: model.notna(), frame["model"])
-        frame["cost_usd"] = [float("nan") if cost is None else float(cost) for cost in frame["cost_usd"]]
-        micros = (frame["started"].astype("float64") * 1e6).round().astype("int64")
-        frame["started"] = pd.to_datetime(micros, unit="us", utc=True).astype("datetime64[us, UTC]")
-        return frame.astype({column: kind for column, kind in COLUMNS.items() if column != "started"})
+        return rows.frame(self.calls(limit, since))
 
     def _sources(self) -> Sequence[Store]:
         """Where rows are: on disk, in memory, and not written yet."""
@@ -448,28 +400,6 @@ class Ledger:
             return None
         return self._disk
 
-
-COLUMNS = {
-    "request_id": "string",
-    "started": "datetime64[us, UTC]",
-    "user": "string",
-    "tags": "object",
-    "model": "string",
-    "provider": "string",
-    "status": "string",
-    "source": "string",
-    "input_tokens": "Int64",
-    "cached_input_tokens": "Int64",
-    "output_tokens": "Int64",
-    "reasoning_tokens": "Int64",
-    "estimated": "boolean",
-    "cost_usd": "float64",
-    "latency_s": "float64",
-    "time_to_first_token_s": "float64",
-    "attempts": "Int64",
-    "retries": "Int64",
-    "error": "string",
-}
 
 _LEDGERS: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
@@ -500,104 +430,7 @@ def _add(store: Store, changes: list[Change]) -> None:
         return
 
 
-def _take(rows: dict[Any, Row], key: Any, row: Row) -> None:
+def _take(found: dict[Any, Row], key: Any, row: Row) -> None:
     """Of two rows of one thing, the one that has ended knows more."""
-    if key not in rows or rows[key]["status"] == "in_flight":
-        rows[key] = row
-
-
-def _is_rejection(error: BaseException | None) -> bool:
-    if isinstance(error, AllModelsFailed):
-        return all(_is_rejection(each) for each in error.errors)
-    return isinstance(error, CallRejected)
-
-
-def _attempt_ended(request_id: str, attempt: Attempt, cost: Cost | None) -> AttemptEnded:
-    return AttemptEnded(
-        attempt.status,
-        *_tokens(attempt.usage),
-        None if attempt.cost_usd is None else to_nanos(attempt.cost_usd),
-        None if cost is None else cost.source,
-        attempt.latency_s,
-        attempt.time_to_first_token_s,
-        attempt.http_status,
-        attempt.provider_request_id,
-        attempt.finish_reason,
-        int(attempt.maybe_billed),
-        attempt.error,
-        attempt.message[:MESSAGE_LENGTH] if attempt.message else None,
-        request_id,
-        attempt.number,
-    )
-
-
-def _tokens(usage: Usage | None) -> tuple[int | None, int | None, int | None, int | None, int | None, int | None]:
-    """In the order of the columns, from ``input_tokens`` to ``estimated``."""
-    if usage is None:
-        return (None, None, None, None, None, None)
-    return (
-        usage.input_tokens,
-        usage.cached_input_tokens,
-        usage.cache_write_tokens,
-        usage.output_tokens,
-        usage.reasoning_tokens,
-        int(usage.estimated),
-    )
-
-
-def _summed(attempts: list[Attempt]) -> Usage | None:
-    """The tokens of all attempts together, as the cost is that of all; None where none is known."""
-    known = [attempt.usage for attempt in attempts if attempt.usage is not None]
-    if len(known) < 2:
-        return known[0] if known else None
-    return Usage(
-        input_tokens=sum(usage.input_tokens for usage in known),
-        output_tokens=sum(usage.output_tokens for usage in known),
-        cached_input_tokens=sum(usage.cached_input_tokens for usage in known),
-        cache_write_tokens=sum(usage.cache_write_tokens for usage in known),
-        reasoning_tokens=sum(usage.reasoning_tokens for usage in known),
-        estimated=any(usage.estimated for usage in known),
-    )
-
-
-def _summed_nanos(attempts: list[Attempt]) -> int | None:
-    """What the rows of the attempts add up to; None where the price of one is unknown."""
-    nanos = 0
-    for attempt in attempts:
-        if attempt.cost_usd is None:
-            return None
-        nanos += to_nanos(attempt.cost_usd)
-    return nanos
-
-
-def _tags(call: Call) -> str:
-    return json.dumps(dict(call.tags), sort_keys=True, default=str) if call.tags else "{}"
-
-
-@functools.lru_cache(maxsize=256)
-def _without_secrets(base_url: str) -> str:
-    """A URL without what may be a key: user, password and query."""
-    from urllib.parse import urlsplit, urlunsplit
-
-    try:
-        parts = urlsplit(base_url)
-    except ValueError:
-        return ""
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def _call_row(row: Row) -> Row:
-    row["tags"] = json.loads(row["tags"])
-    return _with_python_types(row)
-
-
-def _attempt_row(row: Row) -> Row:
-    row["maybe_billed"] = None if row["maybe_billed"] is None else bool(row["maybe_billed"])
-    return _with_python_types(row)
-
-
-def _with_python_types(row: Row) -> Row:
-    nanos = row.pop("cost_nanos")
-    row["cost_usd"] = None if nanos is None else from_nanos(nanos)
-    row["estimated"] = None if row["estimated"] is None else bool(row["estimated"])
-    return row
+    if key not in found or found[key]["status"] == "in_flight":
+        found[key] = row

@@ -29,6 +29,7 @@ ORDER = [
     {"transport", "testing"},
     {"pipeline"},
     {"ledger"},
+    {"rows"},
     {"events", "state", "models", "guards"},
     {"reply"},
     {"call"},

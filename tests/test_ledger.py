@@ -22,10 +22,11 @@ from llmkit.endpoint import Endpoint
 from llmkit.errors import AllModelsFailed, BudgetExceeded, CircuitOpen, ConfigError, ProviderOverloaded, StoreError
 from llmkit.layers.meter import Meter
 from llmkit.layers.record import Record
-from llmkit.ledger import COLUMNS, Ledger
+from llmkit.ledger import Ledger
 from llmkit.models.prices import Cost
 from llmkit.pipeline import Pipeline
 from llmkit.reply import Outcome, Usage
+from llmkit.rows import COLUMNS
 from llmkit.state.memory import MemoryStore
 from llmkit.state.sqlite import SQLiteStore
 from llmkit.testing import FakeClock
