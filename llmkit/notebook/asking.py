@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LLMKitError
-from llmkit.events import AttemptEnded, AttemptStarted, FellBack, Waiting
+from llmkit.events import AlertRaised, AttemptEnded, AttemptStarted, BudgetWarning, FellBack, Waiting
 from llmkit.notebook import footer
 from llmkit.redaction import tidy
 from llmkit.reply import Reply
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llmkit.call import Attempt
     from llmkit.client import AsyncClient
     from llmkit.notebook.display import View
+    from llmkit.notebook.footer import Part
     from llmkit.portal import Portal
 
 __all__ = ["Interrupted", "ask"]
@@ -41,6 +42,8 @@ SHOWN_WAIT_S = 1.0
 """Waits from here on are counted down."""
 QUIET_S = 2.0
 """Nobody needs to be told the seconds of a shorter wait."""
+AT_ONCE_S = 0.005
+"""What has ended so soon after its beginning, as an answer from the cache has, is drawn once, when it is whole."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -111,11 +114,11 @@ def ask(
         raise
     except BaseException:
         job.cancel()
-        _draw(view.done, None, footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings))
+        _draw(view.done, None, progress.without_answer(view))
         raise
     reply = progress.reply
     assert reply is not None
-    _draw(view.done, reply, footer.of_reply(reply, timings=view.timings))
+    _draw(view.done, reply, progress.with_answer(reply, view))
     return reply
 
 
@@ -144,16 +147,19 @@ def _draw(drawing: Callable[..., None], *what: Any) -> None:
 def _watch(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> None:
     """Draw until the call has ended."""
     pace = _Pace(time.monotonic)
+    patience = TICK_S
     while True:
         try:
-            news = inbox.get(timeout=TICK_S)
+            news = inbox.get(timeout=patience)
         except Empty:
             news = False
         if news is None:
             return
         if news is not False:
             progress.hear(news)
-        if not pace.due():
+        began = isinstance(news, Reply)
+        patience = AT_ONCE_S if began else TICK_S
+        if began or not pace.due():
             continue
         text = progress.text()
         if text:
@@ -183,6 +189,7 @@ class _Progress:
     def __init__(self, model: str, now: Callable[[], float]) -> None:
         self.reply: Reply | None = None
         self.attempts: list[Attempt] = []
+        self.notes: list[str] = []
         self.sent = False
         self._now = now
         self._began = now()
@@ -212,6 +219,18 @@ class _Progress:
         elif isinstance(news, FellBack):
             self._before = f"fell back from {news.endpoint} ({news.reason.partition(':')[0]}); "
             self._tell(f"{self._before}waiting for {news.to} …")
+        elif isinstance(news, BudgetWarning | AlertRaised):
+            self.notes.append(news.message)
+
+    def with_answer(self, reply: Reply, view: View, *, interrupted: bool = False) -> list[Part]:
+        """The footer of an answer, whole or not."""
+        parts = footer.of_reply(reply, interrupted=interrupted, timings=view.timings)
+        return [*parts, *footer.notes([*reply.call.trail.warnings, *self.notes])]
+
+    def without_answer(self, view: View) -> list[Part]:
+        """The footer of a call that never came to one."""
+        parts = footer.of_attempts(self.attempts, self.elapsed_s, timings=view.timings)
+        return [*parts, *footer.notes(self.notes)]
 
     def _tell(self, what: str) -> None:
         self._what = what
@@ -242,9 +261,9 @@ def _drain(inbox: SimpleQueue[Any], progress: _Progress) -> None:
 def _show_failure(error: LLMKitError, progress: _Progress, view: View) -> None:
     reply = error.reply if error.reply is not None and error.reply.text else None
     if reply is None:
-        _draw(view.done, None, footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings))
+        _draw(view.done, None, progress.without_answer(view))
     else:
-        _draw(view.done, reply, footer.of_reply(reply, timings=view.timings))
+        _draw(view.done, reply, progress.with_answer(reply, view))
 
 
 def _interrupted(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> Interrupted:
@@ -252,11 +271,11 @@ def _interrupted(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> In
     reply = progress.reply
     billed = any(attempt.maybe_billed for attempt in progress.attempts)
     if reply is None or not reply.text:
-        parts = footer.of_attempts(progress.attempts, progress.elapsed_s, timings=view.timings)
-        _draw(view.done, None, [*(part for part in parts if not part.warns), footer.Part("interrupted", warns=True)])
+        parts = [part for part in progress.without_answer(view) if part.below or not part.warns]
+        _draw(view.done, None, [*parts, footer.Part("interrupted", warns=True)])
         costs = [attempt.cost_usd for attempt in progress.attempts]
         known = [cost for cost in costs if cost is not None]
         spent = sum(known[1:], known[0]) if costs and len(known) == len(costs) else None
         return Interrupted(None, spent, sent=progress.sent, billed=billed)
-    _draw(view.done, reply, footer.of_reply(reply, interrupted=True, timings=view.timings))
+    _draw(view.done, reply, progress.with_answer(reply, view, interrupted=True))
     return Interrupted(reply, reply.cost_usd, sent=True, billed=billed)

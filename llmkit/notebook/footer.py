@@ -1,4 +1,6 @@
-"""The line under an answer: who answered, what it took, what it cost, and what went on before."""
+"""What stands under an answer: a line of who answered, what it took, what it cost, and what went on before; and below
+it, a line each, what its reader should know of money although nothing failed.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +11,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from llmkit.call import Attempt
     from llmkit.reply import Reply, Usage
 
-__all__ = ["Part", "as_html", "as_text", "metadata", "money", "of_attempts", "of_reply", "status_html"]
+__all__ = ["Part", "as_html", "as_text", "metadata", "money", "notes", "of_attempts", "of_reply", "status_html"]
 
 
 class Part(NamedTuple):
-    """One piece of the line; ``warns`` where it should be seen."""
+    """One piece of the line; ``warns`` where it should be seen, ``below`` where it is a line of its own."""
 
     text: str
     warns: bool = False
+    below: bool = False
 
 
 # JupyterLab's own variables, so that it fits light and dark; elsewhere the page's colour, a little fainter.
@@ -33,14 +36,24 @@ _WARN = "color: var(--jp-warn-color0, #b36b00); font-weight: 600;"
 
 
 def as_text(parts: Sequence[Part]) -> str:
-    """The line as plain text; not escaped."""
-    return " · ".join(part.text for part in parts)
+    """The lines as plain text; not escaped."""
+    return "\n".join(" · ".join(part.text for part in line) for line in _lines(parts))
 
 
 def as_html(parts: Sequence[Part]) -> str:
-    """The line as HTML; everything in it is escaped."""
-    pieces = (f'<span style="{_WARN}">{_safe(part.text)}</span>' if part.warns else _safe(part.text) for part in parts)
-    return f'<div style="{_STYLE} {_FAINT}">{" · ".join(pieces)}</div>'
+    """The lines as HTML; everything in it is escaped."""
+    lines = (" · ".join(_piece(part) for part in line) for line in _lines(parts))
+    return f'<div style="{_STYLE} {_FAINT}">{"<br>".join(lines)}</div>'
+
+
+def _lines(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
+    if line := [part for part in parts if not part.below]:
+        yield line
+    yield from ([part] for part in parts if part.below)
+
+
+def _piece(part: Part) -> str:
+    return f'<span style="{_WARN}">{_safe(part.text)}</span>' if part.warns else _safe(part.text)
 
 
 def status_html(text: str) -> str:
@@ -132,9 +145,17 @@ def _cost(attempts: Sequence[Attempt], cost: Decimal | None) -> Part:
     return Part(f"{about}{money(cost)}")
 
 
+def notes(sentences: Iterable[str]) -> list[Part]:
+    """Sentences that are lines of their own below the line; each once."""
+    return [Part(each, warns=True, below=True) for each in dict.fromkeys(tidy(each, limit=300) for each in sentences)]
+
+
 def _source(reply: Reply) -> Part:
     if reply.source == "simulated":
         return Part("simulated")
+    if reply.source in {"cache", "coalesced"}:
+        saved = reply.call.trail.saved
+        return Part(f"{reply.source}, saved {money(saved)}" if saved else reply.source)
     if reply.source == "degraded":
         return Part("degraded: the text set for when no model answers", warns=True)
     return Part(tidy(reply.provider or reply.source, limit=60))

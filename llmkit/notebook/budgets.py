@@ -1,0 +1,256 @@
+"""Budgets in words: what holds in one line, all of it as a table, and what ``%llm budget`` is told."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmkit.config import WINDOWS
+from llmkit.errors import ConfigError
+from llmkit.notebook.footer import money
+from llmkit.redaction import tidy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import pandas as pd
+
+    from llmkit.config import BudgetSettings, Limit
+
+__all__ = ["in_brief", "in_words", "lifted", "read", "table"]
+
+USAGE = "%llm budget session=1usd day=5usd month=100000tokens user.ana.day=2usd tag.app=docs.day=1usd at_limit=warn"
+LIFT = "%llm budget off lifts them"
+MANY = 6
+"""More limits than these are counted, not named, where there is one line for all."""
+
+_KINDS = ("user", "tag", "model")
+_SCALES = {"": 1, "k": 1_000, "m": 1_000_000}
+_AMOUNT = re.compile(
+    r"(?P<dollar>\$)?(?P<number>\d[\d_,]*(?:\.\d+)?|\.\d+)\s*(?P<scale>[km]?)(?P<unit>usd|\$|tokens?)?", re.IGNORECASE
+)
+_HEAD = ("scope", "limit", "spent", "held", "unknown", "left", "used", "resets")
+
+
+# -- what holds --------------------------------------------------------------------------------------------------------
+
+
+def in_words(budget: BudgetSettings, cell: object = None) -> str:
+    """Every cap in one line; ``cell`` is what a cell may cost where ``%config`` says so.
+
+    Those that hold by default are told from those that somebody set, since they hold for paid models only.
+    """
+    own, default = [], []
+    if cell is not None:
+        own.append(f"${cell} a cell (as %config says)")
+    elif budget.request_usd is not None:
+        (own if budget.request_usd_set else default).append(f"{amount(budget.request_usd)} a request")
+    if budget.request_tokens is not None:
+        own.append(f"{budget.request_tokens:,} tokens a request")
+    for limit in budget.limits:
+        (default if limit.is_default else own).extend(_limit(limit))
+    if not own and not default:
+        return "no caps"
+    parts = [f"caps: {_listed(own)}"] if own else []
+    if default:
+        parts.append(f"{'by default, ' if own else 'caps '}for paid models: {_listed(default)}")
+    return f"{'; '.join(parts)} ({LIFT})"
+
+
+def _listed(words: Sequence[str]) -> str:
+    shown = list(words[:MANY])
+    return ", ".join(shown if len(shown) == len(words) else [*shown, f"and {len(words) - MANY} more"])
+
+
+def _limit(limit: Limit) -> Iterable[str]:
+    each = f" {'in all' if limit.window == 'total' else f'a {limit.window}'}{_whose(limit)}"
+    if limit.usd is not None:
+        yield amount(limit.usd) + each
+    if limit.tokens is not None:
+        yield f"{limit.tokens:,} tokens{each}"
+
+
+def _whose(limit: Limit) -> str:
+    if limit.kind == "all":
+        return ""
+    if limit.name == "*":
+        return f" for each {limit.kind}"
+    return f" for {limit.kind} {tidy(limit.name, limit=60)}"
+
+
+def amount(usd: Decimal) -> str:
+    """A limit as a person writes it: ``$5``, ``$0.50``, ``$0.000001``."""
+    text = f"{usd:,f}"
+    if "." not in text:
+        return f"${text}"
+    text = text.rstrip("0").rstrip(".")
+    whole, _, cents = text.partition(".")
+    return f"${whole}.{cents.ljust(2, '0')}" if cents else f"${whole}"
+
+
+# -- how far each is used ----------------------------------------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    """One limit in words, in the order of `_HEAD`."""
+
+    scope: str
+    limit: str
+    spent: str
+    held: str
+    unknown: str
+    left: str
+    used: str
+    resets: str
+
+
+def table(frame: pd.DataFrame, budget: BudgetSettings, cell: object = None) -> str:
+    """`AsyncClient.budgets` as a block of text, with what holds for all limits above it."""
+    rows = [_row(each) for each in frame.to_dict("records")]
+    request = []
+    if cell is not None:
+        request.append(f"${cell} a cell (as %config says)")
+    elif budget.request_usd is not None:
+        request.append(amount(budget.request_usd) + ("" if budget.request_usd_set else " (by default)"))
+    if budget.request_tokens is not None:
+        request.append(f"{budget.request_tokens:,} tokens")
+    then = {"error": "an error", "downgrade": "a cheaper model of the chain, else an error", "warn": "a warning"}
+    lines = [
+        f"each request: {' and '.join(request) or 'no cap'}",
+        f"at a limit:   {then[budget.at_limit]}; a warning from {budget.warn_at:.0%} on",
+        f"time zone:    {budget.timezone}",
+    ]
+    if not rows:
+        return "\n".join([*lines, "", "no other limit is set; for example: %llm budget session=1usd day=5usd"])
+    widths = [max(len(row[column]) for row in (_HEAD, *rows)) for column in range(len(_HEAD))]
+    lines += ["", *(_aligned(row, widths) for row in (_HEAD, *rows))]
+    if any(limit.is_default for limit in budget.limits):
+        lines += ["", f"(by default) holds for paid models only; {LIFT}, day=off one of them"]
+    return "\n".join(lines)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:7], widths[1:7], strict=True))]
+    return "  ".join([*cells, row[7]]).rstrip()
+
+
+def _row(given: dict[str, Any]) -> _Row:
+    unit = str(given["unit"])
+    values = [_value(given[name], unit) for name in ("limit", "spent", "held", "unknown", "left")]
+    return _Row(
+        tidy(str(given["scope"]), limit=60), *values, f"{float(given['share']):.0%}", resets(given["resets_at"])
+    )
+
+
+def _value(value: Any, unit: str) -> str:
+    if value is None or value != value:  # noqa: PLR0124 - not a number: nobody knows
+        return "?"
+    return money(Decimal(str(value))) if unit == "usd" else f"{int(value):,} tokens"
+
+
+def resets(at: Any) -> str:
+    """When a window ends, in its own time zone; ``at`` is None, or no time at all, where it never does."""
+    if at is None or at != at:  # noqa: PLR0124
+        return "never"
+    return f"{at:%a %Y-%m-%d %H:%M} {at.tzname()}"
+
+
+def in_brief(frame: pd.DataFrame) -> list[str]:
+    """One line a limit: how much of it is used."""
+    lines = []
+    for row in map(_row, frame.to_dict("records")):
+        held = "" if row.held in {"$0", "0 tokens"} else f", {row.held} held"
+        lines.append(f"{row.scope}: {row.spent} of {row.limit} ({row.used}){held}")
+    return lines
+
+
+# -- what is told ------------------------------------------------------------------------------------------------------
+
+
+def read(words: Sequence[str]) -> dict[str, Any]:
+    """``session=1usd user.ana.day=off …`` as tables of ``[budget]``.
+
+    Raises:
+        ConfigError: a word that is none, with the nearest that is, or an example.
+    """
+    tables: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.rpartition("=")
+        if not equals or not name or not value:
+            raise _wrong(word, "it is written NAME=AMOUNT")
+        if name in {"at_limit", "timezone"}:
+            tables[name] = value
+        elif name == "warn_at":
+            tables[name] = _share(word, value)
+        else:
+            node = tables
+            for part in _path(word, name):
+                node = node.setdefault(part, {})
+            node |= _amounts(word, value)
+    return tables
+
+
+def _path(word: str, name: str) -> tuple[str, ...]:
+    kind, dot, rest = name.partition(".")
+    if not dot:
+        if name in {"request", *WINDOWS}:
+            return (name,)
+        if name in _KINDS:
+            raise _wrong(word, f"it is written {name}.{'KEY=VALUE' if name == 'tag' else 'NAME'}.day={word[-4:]}")
+        raise _wrong(word, _nearest(name, ("request", *WINDOWS, *_KINDS, "at_limit", "warn_at", "timezone")))
+    whose, dot, window = rest.rpartition(".")
+    if kind not in _KINDS:
+        raise _wrong(word, _nearest(kind, _KINDS))
+    if not dot or not whose:
+        raise _wrong(word, f"it is written {kind}.{'KEY=VALUE' if kind == 'tag' else 'NAME'}.WINDOW=AMOUNT")
+    if window not in WINDOWS:
+        raise _wrong(word, _nearest(window, WINDOWS))
+    return (kind, whose, window)
+
+
+def _amounts(word: str, value: str) -> dict[str, Any]:
+    """``1usd``, ``$1``, ``100000tokens``, ``10Mtokens``, ``off``, or two of them with a comma between."""
+    if value.lower() == "off":
+        return {"usd": "off", "tokens": "off"}
+    found: dict[str, Any] = {}
+    for each in re.split(r",(?!\d{3}(?!\d))", value):
+        match = _AMOUNT.fullmatch(each.strip())
+        if match is None:
+            raise _wrong(word, "an amount is 5usd, $5, 100000tokens, 10Mtokens or off")
+        unit = "tokens" if (match["unit"] or "").lower().startswith("token") else "usd"
+        if unit == "tokens" and match["dollar"]:
+            raise _wrong(word, "an amount is 5usd, $5, 100000tokens, 10Mtokens or off")
+        number = Decimal(re.sub("[_,]", "", match["number"])) * _SCALES[match["scale"].lower()]
+        if unit == "tokens" and number != number.to_integral_value():
+            raise _wrong(word, "tokens are whole")
+        found[unit] = int(number) if unit == "tokens" else number
+    return found
+
+
+def _share(word: str, value: str) -> Decimal:
+    """``0.8`` or ``80%``."""
+    try:
+        return Decimal(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except InvalidOperation:
+        raise _wrong(word, "a share is 0.8 or 80%") from None
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def _wrong(word: str, why: str) -> ConfigError:
+    return ConfigError(f"%llm budget: {word!r:.80}: {why}", next_step=f"for example: {USAGE}")
+
+
+def lifted(budget: BudgetSettings) -> dict[str, Any]:
+    """The tables of ``[budget]`` that lift every limit there is."""
+    off = {"usd": "off", "tokens": "off"}
+    tables: dict[str, Any] = {"request": dict(off)}
+    for limit in budget.limits:
+        node = tables if limit.kind == "all" else tables.setdefault(limit.kind, {}).setdefault(limit.name, {})
+        node[limit.window] = dict(off)
+    return tables
