@@ -155,7 +155,7 @@ def open_files() -> int:
 @pytest.mark.parametrize("wire", ["openai", "anthropic"])
 def test_every_call_ends_and_the_books_balance(tmp_path, monkeypatch, wire: str) -> None:
     # Fake hours pass while a real thread is at work, so a commit must not have to wait for a checkpoint.
-    monkeypatch.setattr("llmkit.state.sqlite.CHANGES_A_CHECKPOINT", 10**9)
+    monkeypatch.setattr("llmkit.state.database.CHANGES_A_CHECKPOINT", 10**9)
 
     async def main() -> None:
         clock = FakeClock()

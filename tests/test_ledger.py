@@ -28,6 +28,7 @@ from llmkit.pipeline import Pipeline
 from llmkit.reply import Outcome, Usage
 from llmkit.rows import COLUMNS
 from llmkit.state.memory import MemoryStore
+from llmkit.state.database import Database
 from llmkit.state.sqlite import SQLiteStore
 from llmkit.testing import FakeClock
 from tests.layers.script import Script, call_for
@@ -233,7 +234,7 @@ def test_no_key_in_a_url_is_kept(ledger):
 def test_a_good_call_costs_two_transactions_and_never_suspends(on_disk, path):
     on_disk.calls()  # opens it
     seen = []
-    on_disk._store._connection.set_trace_callback(seen.append)
+    on_disk._store.database._connection.set_trace_callback(seen.append)
     call = new_call()
     on_disk.call_began(call)
     assert seen == []
@@ -566,12 +567,12 @@ def test_a_store_that_fails_in_mid_call_is_fallen_back_from(on_disk, path, late,
 
 
 def break_store(monkeypatch):
-    def fail(self, changes):
+    def fail(self, work, fitted=None):
         error = sqlite3.OperationalError("disk I/O error")
         error.sqlite_errorcode = sqlite3.SQLITE_IOERR
         raise error
 
-    monkeypatch.setattr(SQLiteStore, "_transact", fail)
+    monkeypatch.setattr(Database, "_transact", fail)
 
 
 def test_a_store_that_cannot_even_be_read_leaves_what_is_in_memory(on_disk, path, monkeypatch):

@@ -14,6 +14,7 @@ import time
 import pytest
 
 from llmkit.errors import StoreError
+from llmkit.state.database import Database
 from llmkit.state.migrations import APPLICATION_ID, MIGRATIONS
 from llmkit.state.sqlite import SQLiteStore
 from llmkit.state.store import AttemptBegun, CallBegun, CallEnded, DuplicateCall
@@ -193,7 +194,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
 
 def test_a_full_disk_is_one_clear_error_and_the_commit_is_undone(store):
     store.commit(begun("a"))
-    connection = store._connection
+    connection = store.database._connection
     connection.execute(f"PRAGMA max_page_count = {connection.execute('PRAGMA page_count').fetchone()[0]}")
     with pytest.raises(StoreError, match="full") as caught:
         for number in range(100):
@@ -216,7 +217,7 @@ def test_a_drive_without_shared_locks_is_one_clear_error(path, monkeypatch):
 
 
 def test_a_ledger_taken_away_is_begun_anew(store, path, monkeypatch):
-    monkeypatch.setattr("llmkit.state.sqlite.LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr("llmkit.state.database.LOOK_AGAIN_S", 0.0)
     store.commit(begun("a"))
     for each in path.parent.iterdir():
         each.unlink()
@@ -240,7 +241,7 @@ def test_a_busy_file_is_waited_for_on_another_thread_in_order(store, path):
         each.result(10)
     assert [(row["request_id"], row["status"]) for row in store.calls()] == [("a", "complete"), ("b", "complete")]
     deadline = time.monotonic() + 10
-    while store._queue and time.monotonic() < deadline:
+    while store.database._queue and time.monotonic() < deadline:
         time.sleep(0.001)
     assert store.commit(begun("c")) is None  # what is free again is written at once
 
@@ -252,7 +253,7 @@ def test_nothing_overtakes_what_waits_even_when_the_file_is_free(store, path, mo
         pausing.set()
         go_on.wait(10)
 
-    monkeypatch.setattr("llmkit.state.sqlite._pause", pause)
+    monkeypatch.setattr("llmkit.state.database._pause", pause)
     holder = locked(path)
     first = store.commit(begun("a"))
     assert pausing.wait(10)
@@ -317,16 +318,18 @@ def test_closing_finishes_what_waits(store, path):
 
 
 def test_the_log_is_moved_into_the_database_off_the_writers_thread(path, monkeypatch):
-    monkeypatch.setattr("llmkit.state.sqlite.CHANGES_A_CHECKPOINT", 5)
-    monkeypatch.setattr("llmkit.state.sqlite.PAGES_OF_LOG", 20)
+    monkeypatch.setattr("llmkit.state.database.CHANGES_A_CHECKPOINT", 5)
+    monkeypatch.setattr("llmkit.state.database.PAGES_OF_LOG", 20)
     threads = set()
 
-    class Watched(SQLiteStore):
-        def _checkpoint(self):
-            threads.add(threading.current_thread())
-            super()._checkpoint()
+    checkpoint = Database._checkpoint
 
-    store = Watched(path)
+    def watched(self):
+        threads.add(threading.current_thread())
+        checkpoint(self)
+
+    monkeypatch.setattr(Database, "_checkpoint", watched)
+    store = SQLiteStore(path)
     log = path.with_name(path.name + "-wal")
     sizes = []
     for number in range(200):
@@ -334,8 +337,8 @@ def test_the_log_is_moved_into_the_database_off_the_writers_thread(path, monkeyp
         if waiting is not None:
             waiting.result(10)
         if number % 5 == 4:
-            store._threads().submit(int).result(10)  # both threads have come by
-            store._threads().submit(int).result(10)
+            store.database._threads().submit(int).result(10)  # both threads have come by
+            store.database._threads().submit(int).result(10)
         sizes.append(log.stat().st_size)
     assert len(store.calls()) == 200
     store.close()
@@ -345,15 +348,15 @@ def test_the_log_is_moved_into_the_database_off_the_writers_thread(path, monkeyp
 
 
 def test_a_checkpoint_that_fails_stops_nobody(store, path, monkeypatch):
-    monkeypatch.setattr("llmkit.state.sqlite.CHANGES_A_CHECKPOINT", 1)
+    monkeypatch.setattr(store.database, "_changes_a_checkpoint", 1)
 
     def fail(self):
         raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr(SQLiteStore, "_connect", fail)
+    monkeypatch.setattr(Database, "_connect", fail)
     store.commit(begun("a"))
-    store._threads().shutdown()
-    store._worker = None
+    store.database._threads().shutdown()
+    store.database._worker = None
     assert store.commit(begun("b")) is None
 
 
