@@ -33,7 +33,7 @@ ORDER = [
     {"events", "state", "models", "guards"},
     {"reply"},
     {"call"},
-    {"clock", "account", "endpoint", "environment", "places", "redaction", "shield"},
+    {"clock", "account", "endpoint", "environment", "money", "places", "redaction", "shield"},
     {"errors"},
 ]
 RANK = {part: rank for rank, parts in enumerate(reversed(ORDER)) for part in parts}

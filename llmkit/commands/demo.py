@@ -12,9 +12,9 @@ from llmkit import portal
 from llmkit.client import AsyncClient
 from llmkit.config import Config
 from llmkit.errors import LLMKitError
+from llmkit.money import money
 from llmkit.notebook.asking import ask
 from llmkit.notebook.display import Terminal
-from llmkit.notebook.footer import money
 
 if TYPE_CHECKING:
     import argparse

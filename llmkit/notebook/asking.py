@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LLMKitError
 from llmkit.events import AlertRaised, AttemptEnded, AttemptStarted, BudgetWarning, FellBack, Waiting
+from llmkit.money import money
 from llmkit.notebook import footer
 from llmkit.redaction import tidy
 from llmkit.reply import Reply
@@ -65,7 +66,7 @@ class Interrupted(KeyboardInterrupt):
     def block(self) -> str:
         lines = [f"Interrupted: {'the connection is closed' if self.sent else 'nothing was sent'}"]
         if self.sent:
-            cost = "unknown" if self.spent is None else footer.money(self.spent) if self.spent else "nothing"
+            cost = "unknown" if self.spent is None else money(self.spent) if self.spent else "nothing"
             lines.append(
                 f"spent: {cost} that was seen; the provider may bill more" if self.billed else f"spent: {cost}"
             )

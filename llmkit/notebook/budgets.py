@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit.config import WINDOWS
 from llmkit.errors import ConfigError
-from llmkit.notebook.footer import money
+from llmkit.money import amount, money
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
@@ -78,16 +78,6 @@ def _whose(limit: Limit) -> str:
     if limit.name == "*":
         return f" for each {limit.kind}"
     return f" for {limit.kind} {tidy(limit.name, limit=60)}"
-
-
-def amount(usd: Decimal) -> str:
-    """A limit as a person writes it: ``$5``, ``$0.50``, ``$0.000001``."""
-    text = f"{usd:,f}"
-    if "." not in text:
-        return f"${text}"
-    text = text.rstrip("0").rstrip(".")
-    whole, _, cents = text.partition(".")
-    return f"${whole}.{cents.ljust(2, '0')}" if cents else f"${whole}"
 
 
 # -- how far each is used ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import ConfigError
-from llmkit.notebook.footer import money
+from llmkit.money import money
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:

@@ -5,18 +5,19 @@ it, a line each, what its reader should know of money although nothing failed.
 from __future__ import annotations
 
 import html
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmkit.money import money
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from decimal import Decimal
 
     from llmkit.call import Attempt
     from llmkit.reply import Reply, Usage
 
-__all__ = ["Part", "as_html", "as_text", "metadata", "money", "notes", "of_attempts", "of_reply", "status_html"]
+__all__ = ["Part", "as_html", "as_text", "metadata", "notes", "of_attempts", "of_reply", "status_html"]
 
 
 class Part(NamedTuple):
@@ -82,15 +83,6 @@ def metadata(reply: Reply) -> dict[str, Any]:
             "source": reply.source,
         }
     }
-
-
-def money(usd: Decimal) -> str:
-    """USD, short: cents from a cent on, else to three digits that count; ``$0.000481``, ``$1.20``."""
-    if not usd:
-        return "$0"
-    if usd >= Decimal("0.01"):
-        return f"${usd:,.2f}" if usd >= 1 else f"${usd:.4f}"
-    return f"${usd:.{2 - usd.adjusted()}f}".rstrip("0")
 
 
 def of_reply(reply: Reply, *, interrupted: bool = False, timings: bool = True) -> list[Part]:

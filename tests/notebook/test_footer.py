@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmkit.call import Attempt, Skipped
-from llmkit.notebook.footer import Part, as_html, as_text, metadata, money, of_attempts, of_reply, status_html
+from llmkit.notebook.footer import Part, as_html, as_text, metadata, of_attempts, of_reply, status_html
 from llmkit.reply import Outcome, Usage
 
 
@@ -164,22 +164,6 @@ def test_everything_is_escaped() -> None:
     assert "&lt;img" in shown
     assert "\x1b" not in shown
     assert "<b>" not in status_html("<b>")
-
-
-@pytest.mark.parametrize(
-    "usd, text",
-    [
-        ("0", "$0"),
-        ("0.000000001", "$0.000000001"),
-        ("0.00002425", "$0.0000242"),
-        ("0.000481", "$0.000481"),
-        ("0.0012", "$0.0012"),
-        ("0.0123456", "$0.0123"),
-        ("1234.5", "$1,234.50"),
-    ],
-)
-def test_money(usd, text) -> None:
-    assert money(Decimal(usd)) == text
 
 
 def test_metadata_holds_what_an_audit_needs() -> None:
