@@ -71,6 +71,7 @@ class Database:
         private_folder: the folder is llmkit's own, so it is brought to 0700 even if it was there.
         patience_s: how long work waits for a lock before it fails.
         changes_a_checkpoint: after how many changed rows the log is moved into the database.
+        settings: further PRAGMAs of the connection that writes.
 
     Raises:
         StoreError: it cannot be opened: not writable, damaged, of a newer llmkit, on a drive without locks.
@@ -86,6 +87,7 @@ class Database:
         private_folder: bool = False,
         patience_s: float = PATIENCE_S,
         changes_a_checkpoint: int | None = None,
+        settings: Sequence[str] = (),
     ) -> None:
         self.path = path
         self.what = what
@@ -93,6 +95,7 @@ class Database:
         self._application_id = application_id
         self._private_folder = private_folder
         self._patience_s = patience_s
+        self._settings = tuple(settings)
         self._changes_a_checkpoint = CHANGES_A_CHECKPOINT if changes_a_checkpoint is None else changes_a_checkpoint
         self._start_afresh()
         _DATABASES.add(self)
@@ -286,6 +289,26 @@ class Database:
                 return
             _pause()
 
+    def scrub(self, *, shrink: bool = False) -> None:
+        """Empty the log, which still holds what was deleted from the database; ``shrink`` gives back free pages, too.
+
+        Waits for the disk, and for whoever reads or writes just now.
+
+        Raises:
+            StoreError: somebody reads or writes without a pause, or it cannot be written.
+        """
+        try:
+            with self._checkpointing, contextlib.closing(self._connect()) as connection:
+                connection.execute(f"PRAGMA busy_timeout = {int(self._patience_s * 1000)}")
+                if shrink:
+                    connection.execute("VACUUM")
+                busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+        if busy:
+            message = f"what was removed from the {self.what} {self.path} may still be in its log: it is in use"
+            raise StoreError(message, next_step="try it again in a moment")
+
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def read(self, sql: str, given: Sequence[Any] = ()) -> list[Any]:
@@ -335,6 +358,8 @@ class Database:
             self._share(connection)
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_OF_LOG_AT_MOST}")
+            for setting in self._settings:
+                connection.execute(setting)
             self._migrate(connection)
             self._touch(connection)
         except BaseException:
