@@ -31,6 +31,7 @@ ORDER = [
     {"ledger"},
     {"rows"},
     {"events", "state", "models", "guards"},
+    {"flight"},
     {"reply"},
     {"call"},
     {"clock", "account", "endpoint", "environment", "money", "places", "redaction", "shield"},

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from llmkit.flight import FlightFailed
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-__all__ = ["CircuitState", "Circuits", "Claim", "Contents", "Entries", "Flights"]
+__all__ = ["CircuitState", "Circuits", "Claim", "Contents", "Entries", "FlightFailed", "Flights"]
 
 
 class Contents(NamedTuple):
@@ -65,8 +67,11 @@ class Claim(Protocol):
     def followed(self) -> bool:
         """Whether somebody in another process is known to follow."""
 
-    async def release(self) -> None:
-        """The call has ended, well or not; what is worth it has been stored. Never fails. Harmless when repeated."""
+    async def release(self, failure: str | None = None) -> None:
+        """The call has ended, well or not; what is worth it has been stored. Never fails. Harmless when repeated.
+
+        ``failure``: what followers should fail with, too, where it would be no use to ask again; opaque to the store.
+        """
 
 
 class Flights(Protocol):
@@ -82,6 +87,9 @@ class Flights(Protocol):
         """What its maker publishes, from the first chunk on; ends when the claim does, for whatever reason.
 
         The pieces may be fewer than were made, when the end came before the rest was seen: the answer is in the entries.
+
+        Raises:
+            FlightFailed: its maker released it with a ``failure``.
         """
 
     async def aclose(self) -> None: ...
