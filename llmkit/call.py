@@ -115,6 +115,7 @@ class Trail:
 
     ``listener`` hears every event of this call, on the event loop's thread. ``saved``: USD that a stored or shared
     answer would have cost. ``warnings``: what the caller should know although nothing failed, in sentences.
+    ``sent``: whether the attempt under way has gone out, False between attempts; None where nobody notes it.
     """
 
     listener: Callable[[Event], object] | None = None
@@ -124,6 +125,7 @@ class Trail:
     attempts_begun: int = 0
     saved: Decimal | None = None
     warnings: list[str] = field(default_factory=list)
+    sent: bool | None = None
 
     @property
     def spent(self) -> Decimal | None:
@@ -198,6 +200,18 @@ class Call:
         for name, get, put in _FIELDS:  # a third of the cost of dataclasses.replace, and every call pays it
             put(twin, changes[name] if name in changes else get(self))
         return twin
+
+    async def sends(self) -> None:
+        """The connection stands, and the request goes out now: say so to whoever must know, and wait until it may.
+
+        Raises:
+            LLMKitError: it may not, so nothing is sent.
+        """
+        if self.on_send is not None:
+            waiting = self.on_send()
+            if waiting is not None:
+                await waiting
+        self.trail.sent = True
 
     @property
     def endpoint(self) -> Endpoint:

@@ -16,8 +16,9 @@ import math
 import os
 import ssl
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import aiohttp
 import httpx
@@ -29,7 +30,9 @@ from yarl import URL
 from llmkit.endpoint import is_loopback
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+
+    from aiohttp.connector import Connection
 
 __all__ = ["AiohttpTransport", "Exchange", "Prepared"]
 
@@ -39,6 +42,7 @@ _FOREIGN = (aiohttp.ClientError, OSError, ValueError, TypeError, RuntimeError, H
 
 
 _Sessions: TypeAlias = "dict[asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator[None, None]]]"
+_ON_SEND: ContextVar[Callable[[], Awaitable[None]] | None] = ContextVar("on_send", default=None)
 
 
 class Exchange(Protocol):
@@ -99,10 +103,10 @@ class Prepared:
         self.proxy = proxy
         self.context = context
 
-    def headers_for(self, request_id: str) -> CIMultiDict[str]:
+    def headers_for(self, idempotency_key: str) -> CIMultiDict[str]:
         """The headers of one request."""
         headers = self.headers.copy()
-        headers["Idempotency-Key"] = request_id
+        headers["Idempotency-Key"] = idempotency_key
         return headers
 
 
@@ -128,6 +132,21 @@ class _Handler(ResponseHandler):
         super().set_exception(exc, *cause)
         if payload is not None and not payload.is_eof() and payload.exception() is None:
             payload.set_exception(aiohttp.ClientPayloadError("the body is malformed"))
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Says when a connection stands and the request is about to go out; what dies before that has sent nothing."""
+
+    async def connect(self, *args: Any, **kwargs: Any) -> Connection:
+        connection = await super().connect(*args, **kwargs)
+        on_send = _ON_SEND.get()
+        if on_send is not None:
+            try:
+                await on_send()
+            except BaseException:
+                connection.release()
+                raise
+        return connection
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
@@ -195,13 +214,19 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         connect: float | None = None,
         method: str = "POST",
         decode: bool = True,
+        on_send: Callable[[], Awaitable[None]] | None = None,
     ) -> AiohttpExchange:
         """Send one request and wait for the head of its response.
+
+        A request that is not idempotent, as POST is, is never sent twice, not even when a connection that was kept alive
+        turns out to be closed.
 
         Args:
             headers: instead of those of ``prepared``.
             connect: seconds until the connection stands, name look-up and TLS included; None means no limit.
             decode: whether to unpack a body that the server has compressed unasked.
+            on_send: awaited when the connection stands, TLS and proxy included, before the first byte of the request is
+                written. If it raises an `llmkit.LLMKitError`, nothing is written and that error comes out.
 
         Raises:
             httpx.ConnectTimeout, httpx.ConnectError, httpx.ProxyError, httpx.LocalProtocolError: nothing was sent.
@@ -210,6 +235,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         held = self._sessions.get(loop)
         session = held[0] if held is not None else await self._session(loop)
+        noted = None if on_send is None else _ON_SEND.set(on_send)
         try:
             response = await session._request(  # what session.post wraps in a context manager
                 method,
@@ -228,6 +254,9 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         except BaseException as error:  # noqa: BLE001  it is raised again
             del headers  # a cancellation shows its frames to whoever asks; the key is in this one and in aiohttp's
             raise error.with_traceback(None)  # noqa: B904  it is the same one
+        finally:
+            if noted is not None:
+                _ON_SEND.reset(noted)
         # Raised out here, so that it does not hold aiohttp's exception, which holds the headers and the key in them.
         raise failure
 
@@ -255,7 +284,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
     async def _session(self, loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
         for old in [other for other in self._sessions if other.is_closed()]:
             _forget(self._sessions.pop(old)[0])
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, ttl_dns_cache=60)
+        connector = _Connector(limit=0, keepalive_timeout=_KEEPALIVE_S, ttl_dns_cache=60)
         connector._factory = partial(_Handler, loop=loop)  # type: ignore[assignment]  # partial is invariant
         session = aiohttp.ClientSession(
             connector=connector,

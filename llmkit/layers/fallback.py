@@ -91,7 +91,7 @@ class Fallback:
                 limit=limit,
                 provider=endpoint.provider,
                 model=endpoint.model,
-                maybe_billed=True,
+                maybe_billed=call.trail.sent is not False,
             )
 
         return await within(self._clock, limit, call_next(call), too_slow)

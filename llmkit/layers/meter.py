@@ -37,6 +37,8 @@ class Meter:
         number = trail.attempts_begun
         started_at, started = self._clock.time(), self._clock.now()
 
+        trail.sent = False
+
         async def begun() -> Reply:
             await self._ledger.attempt_began(call, number, call.endpoint, started_at)
             if trail.listener is not None:
@@ -47,6 +49,7 @@ class Meter:
             if outcome.status != "complete":
                 await asyncio.sleep(0)  # a closed socket is let go in the loop's next turn; booking must not hold it up
             attempt, cost = await self._booked(call, number, started_at, started, outcome)
+            trail.sent = False
             trail.attempts.append(attempt)
             self._ledger.attempt_ended(call, attempt, cost)
             if trail.listener is not None:
@@ -87,7 +90,7 @@ class Meter:
             http_status=provider_error.status if provider_error else 200 if reply is not None else None,
             provider_request_id=(head or provider_error or Head()).provider_request_id,
             finish_reason=reply.finish_reason if reply is not None else None,
-            maybe_billed=_maybe_billed(outcome) and not prices.is_free(endpoint),
+            maybe_billed=_maybe_billed(outcome, sent=call.trail.sent) and not prices.is_free(endpoint),
         )
         return attempt, cost
 
@@ -132,10 +135,10 @@ def _larger(reported: Usage, counted: Usage) -> Usage:
     )
 
 
-def _maybe_billed(outcome: Outcome) -> bool:
-    """Whether the provider may bill more than was seen."""
+def _maybe_billed(outcome: Outcome, *, sent: bool | None) -> bool:
+    """Whether the provider may bill more than was seen. ``sent``: see `llmkit.call.Trail`."""
     if outcome.reply is not None:
         return outcome.status != "complete"
     if isinstance(outcome.error, ProviderError):
         return outcome.error.maybe_billed
-    return not isinstance(outcome.error, LLMKitError)  # cancelled, or a foreign error: it may have been sent
+    return sent is not False and not isinstance(outcome.error, LLMKitError)  # cancelled, or a foreign error

@@ -128,18 +128,18 @@ class _Watch:
             self.reply.fail_soon(self._error())
 
     def _error(self) -> ProviderTimeout:
-        endpoint = self._call.endpoint
+        endpoint, sent = self._call.endpoint, self._call.trail.sent is not False
         what = {
             FirstTokenTimeout: "no first token within",
             IdleTimeout: "silent between chunks for",
             TotalTimeout: "not finished within the call's total of",
         }[self._kind]
         return self._kind(
-            f"{endpoint.name}: {what} {self._limit:g} s",
+            f"{endpoint.name}: {what} {self._limit:g} s{'' if sent else '; nothing of this attempt had been sent'}",
             limit=self._limit,
             provider=endpoint.provider,
             model=endpoint.model,
-            maybe_billed=True,
+            maybe_billed=sent,
         )
 
     def stop(self) -> None:

@@ -213,12 +213,14 @@ class Provider:
         connect = call.timeouts.connect
         transport = self._carrier(target.endpoint)
         if transport is not None:
-            return await _through(transport, target, call.request_id, body, connect)
+            return await _through(transport, target, call, body)
         engine = self._engine or self._own()
         prepared = target.prepared
         if prepared is None:
             prepared = target.prepared = engine.prepare(target.url, target.headers)
-        return await engine.exchange(prepared, prepared.headers_for(call.request_id), body, connect=connect)
+        return await engine.exchange(
+            prepared, prepared.headers_for(call.request_id), body, connect=connect, on_send=call.sends
+        )
 
     def _carrier(self, endpoint: Endpoint) -> httpx.AsyncBaseTransport | None:
         """The transport for this endpoint; None means llmkit's own engine."""
@@ -553,17 +555,17 @@ class _HttpxExchange:
             await self._response.aclose()
 
 
-async def _through(
-    transport: httpx.AsyncBaseTransport, target: _Target, request_id: str, body: bytes, connect: float | None
-) -> _HttpxExchange:
-    """Send through a transport that is not llmkit's own."""
+async def _through(transport: httpx.AsyncBaseTransport, target: _Target, call: Call, body: bytes) -> _HttpxExchange:
+    """Send through a transport that is not llmkit's own. When its connection stands is not known: it counts as sent."""
+    connect = call.timeouts.connect
     request = httpx.Request(
         "POST",
         target.url,
-        headers=[*target.headers, ("Idempotency-Key", request_id)],
+        headers=[*target.headers, ("Idempotency-Key", call.request_id)],
         content=body,
         extensions={"timeout": {"connect": connect, "read": None, "write": None, "pool": connect}},
     )
+    await call.sends()
     return _HttpxExchange(await transport.handle_async_request(request))
 
 

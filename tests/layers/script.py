@@ -64,6 +64,7 @@ class Script:
 
     async def __call__(self, call: Call) -> Reply:
         self.calls.append(call)
+        await call.sends()
         step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
         if callable(step):
             step = step(call)
