@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
+from llmkit.cache import AnswerCache
 from llmkit.call import Call, Message, Trail, messages_from
 from llmkit.clock import Clock, SystemClock
 from llmkit.config import Config
@@ -25,12 +26,14 @@ from llmkit.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator, Mapping, Sequence
+    from decimal import Decimal
 
     import httpx
     import pandas as pd
 
     from llmkit.portal import Portal
     from llmkit.reply import Reply
+    from llmkit.state.shared import Contents, Entries
 
 __all__ = ["AsyncClient", "Client"]
 
@@ -56,12 +59,14 @@ class AsyncClient:
         clock: Clock | None = None,
         **settings: Any,
     ) -> None:
+        from llmkit.providers.canonical import RequestKeys
         from llmkit.providers.http import Provider
 
         self.config = Config.load(**settings) if config is None else config.with_(**settings) if settings else config
         self.clock: Clock = clock or SystemClock()
         self.ledger = Ledger.open(self.config.state_url, self.clock)
         self.circuits = Breakers(self.config.breaker, self.clock)
+        self.cache = AnswerCache(self.config.cache, self.clock, functools.partial(_entries, self.config, self.clock))
         self._provider = Provider(
             self.clock,
             transport=transport,
@@ -70,7 +75,15 @@ class AsyncClient:
             environ=self.config.environ,
         )
         self._pipeline = Pipeline(
-            standard(self.config, clock=self.clock, ledger=self.ledger, breakers=self.circuits), self._provider
+            standard(
+                self.config,
+                clock=self.clock,
+                ledger=self.ledger,
+                breakers=self.circuits,
+                answers=self.cache,
+                key_of=RequestKeys(),
+            ),
+            self._provider,
         )
         self._model: str | None = None
         self._arriving: WeakSet[Reply] = WeakSet()
@@ -131,6 +144,9 @@ class AsyncClient:
             max_cost_is_default=cap is None and not config.budget.request_usd_set,
             max_total_tokens=config.budget.request_tokens,
             degraded_text=config.degraded_text,
+            cache=options.cache or "use",
+            repeat=options.repeat or 0,
+            namespace=_namespace(config.cache.namespace, options),
             trail=Trail(listener=options.on_event),
         )
 
@@ -168,6 +184,7 @@ class AsyncClient:
         for reply in list(self._arriving):
             await reply.aclose()
         await self._provider.aclose()
+        await self.cache.aclose()
         self.ledger.close()
 
     async def __aenter__(self) -> Self:
@@ -255,6 +272,11 @@ class Client:
         """The circuits themselves, to `isolate` or `reset` by hand."""
         return self._client.circuits
 
+    @property
+    def cache(self) -> ClientCache:
+        """See `AsyncClient.cache`."""
+        return ClientCache(self._client.cache, self)
+
     def close(self) -> None:
         """Close connections and the ledger; replies still arriving are aborted and settled."""
         self._portal.run(self._client.aclose())
@@ -268,6 +290,72 @@ class Client:
     def __repr__(self) -> str:
         inner = vars(self).get("_client")  # missing while it is being made
         return repr(inner).replace("AsyncClient", "Client", 1) if inner is not None else "<Client>"
+
+
+class ClientCache:
+    """`llmkit.cache.AnswerCache` without ``await``."""
+
+    def __init__(self, cache: AnswerCache, client: Client) -> None:
+        self._cache = cache
+        self._client = client
+
+    @property
+    def enabled(self) -> bool:
+        """While it is False, nothing is read and nothing is stored; it may be set."""
+        return self._cache.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._cache.enabled = value
+
+    @property
+    def hits(self) -> int:
+        return self._cache.hits
+
+    @property
+    def misses(self) -> int:
+        return self._cache.misses
+
+    @property
+    def saved_usd(self) -> Decimal:
+        """See `AnswerCache.saved_usd`."""
+        return self._cache.saved_usd
+
+    @property
+    def location(self) -> str:
+        """See `AnswerCache.location`."""
+        return self._cache.location
+
+    def clear(self, namespace: str | None = None) -> int:
+        """See `AnswerCache.clear`."""
+        return self._client._portal.run(self._cache.clear(namespace))
+
+    def contents(self, namespace: str | None = None) -> Contents:
+        """See `AnswerCache.contents`."""
+        return self._client._portal.run(self._cache.contents(namespace))
+
+    def __repr__(self) -> str:
+        return repr(self._cache)
+
+
+def _entries(config: Config, clock: Clock) -> Entries:
+    """Where answers are kept; waits for files."""
+    from llmkit.state.entries import open_entries
+
+    cache = config.cache
+    url = config.state_url if cache.persist else "memory"
+    room = min(cache.max_bytes, cache.memory_bytes) if url == "memory" else cache.max_bytes
+    return open_entries(url, max_bytes=room, clock=clock)
+
+
+def _namespace(setting: str, options: Options) -> str:
+    """Whose answers this call shares."""
+    if setting == "shared":
+        return ""
+    if setting == "user":
+        return f"user:{options.user or ''}"
+    name = setting.removeprefix("tag:")
+    return f"tag:{name}={(options.tags or {}).get(name, '')}"
 
 
 def new_request_id(clock: Clock) -> str:

@@ -112,10 +112,11 @@ class Reply:
     Attributes:
         request_id: the call's id, and its key in the ledger.
         model, provider: who really answered.
-        source: ``provider``, ``simulated``, ``degraded`` (later also ``cache`` and ``coalesced``).
+        source: ``provider``, ``simulated``, ``degraded``, ``cache`` or ``coalesced``.
         text: what has arrived of the answer. ``reasoning``: the same of the model's reasoning, where it is shown.
         usage: tokens of the attempt that answered; None until the end is seen.
         cost_usd: USD of the whole call, failed attempts included; None where the price is unknown.
+        saved_usd: what the answer had cost when it was asked for; None where it was asked for now, or nobody knows.
         finish_reason: the provider's word (``stop``, ``length``, …), or ``max_cost`` or ``max_tokens`` where a cap cut it.
         latency_s, time_to_first_token_s: seconds from the start of the call, waits included.
         attempts: every attempt made, failed ones included.
@@ -190,6 +191,10 @@ class Reply:
     @property
     def cost_usd(self) -> Decimal | None:
         return self.call.trail.spent
+
+    @property
+    def saved_usd(self) -> Decimal | None:
+        return self.call.trail.saved
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmkit.cache import AnswerCache
+    from llmkit.call import Call
     from llmkit.clock import Clock
     from llmkit.config import Config
+    from llmkit.endpoint import Endpoint
     from llmkit.layers.breaker import Breakers
     from llmkit.ledger import Ledger
     from llmkit.pipeline import Layer
@@ -14,11 +19,20 @@ if TYPE_CHECKING:
 __all__ = ["standard"]
 
 
-def standard(config: Config, *, clock: Clock, ledger: Ledger, breakers: Breakers) -> list[Layer]:
+def standard(
+    config: Config,
+    *,
+    clock: Clock,
+    ledger: Ledger,
+    breakers: Breakers,
+    answers: AnswerCache,
+    key_of: Callable[[Call, Endpoint], str | None],
+) -> list[Layer]:
     """The chain of every client, outermost first."""
     # Here and not above: none of this is needed before the first call, and loading must stay instant.
     from llmkit.layers.breaker import Breaker
     from llmkit.layers.budget import Budget
+    from llmkit.layers.cache import Cache
     from llmkit.layers.degraded import Degraded
     from llmkit.layers.fallback import Fallback
     from llmkit.layers.meter import Meter
@@ -30,7 +44,7 @@ def standard(config: Config, *, clock: Clock, ledger: Ledger, breakers: Breakers
         Record(ledger),
         # guardrails: what may be asked, and what may be answered
         # trim: what does not fit the window goes, before the cache key is made
-        # cache: a hit costs neither money nor rate limit
+        Cache(answers, key_of, clock),  # a hit costs neither money nor rate limit
         Degraded(clock),
         # tier and cascade: which chain this call deserves
         Fallback(clock),

@@ -1,0 +1,107 @@
+"""The same question is not paid for twice: an answer that is stored is given again, at no cost.
+
+What "the same" means is the request's key, which this layer is handed a maker of. A chain has two keys. What its first
+link answers is kept under that link's own key, and serves everybody who asks that model; what a later link answers is
+kept under the key of the whole chain, and serves only those who accept the same chain: a premium model that is asked
+directly is never answered by the cheap one that once stood in for it.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from llmkit.answer import Answer
+from llmkit.errors import NotCached
+from llmkit.reply import settled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmkit.cache import AnswerCache
+    from llmkit.call import Call
+    from llmkit.clock import Clock
+    from llmkit.endpoint import Endpoint
+    from llmkit.pipeline import CallNext
+    from llmkit.reply import Outcome, Reply
+
+__all__ = ["Cache"]
+
+
+class Cache:
+    """Answers from ``answers`` what it can, and keeps there what is worth it.
+
+    Args:
+        key_of: the key of a call at an endpoint; None where it has none.
+    """
+
+    def __init__(self, answers: AnswerCache, key_of: Callable[[Call, Endpoint], str | None], clock: Clock) -> None:
+        self._answers = answers
+        self._key_of = key_of
+        self._clock = clock
+
+    async def __call__(self, call: Call, call_next: CallNext) -> Reply:
+        mode, answers = call.cache, self._answers
+        if mode == "off" or not answers.enabled:
+            if mode == "only":
+                raise NotCached("the cache is off ([cache] enabled), so nothing is stored in it")
+            return await call_next(call)
+        keys = self._keys(call)
+        if keys is None:
+            if mode == "only":
+                raise NotCached("this request cannot be stored, so there is no answer to it")
+            return await call_next(call)
+        if mode != "refresh":
+            answer = answers.copy_of(keys[0]) or await self._found(keys)
+            if answer is not None:
+                return self._hit(call, answer)
+            answers.misses += 1
+            if mode == "only":
+                raise NotCached("the answer to this request is not in the cache")
+        return await self._asked(call.to(request_key=keys[-1]), call_next, keys)
+
+    def _keys(self, call: Call) -> tuple[str, ...] | None:
+        """The key of the first link, and of the whole chain where there is more than one."""
+        if len(call.route) == 1:
+            key = self._key_of(call, call.route[0].endpoint)
+            return None if key is None else (key,)
+        first = _first(call)
+        key = None if first is None else self._key_of(call, first)
+        if key is None:
+            return None
+        links = [
+            f"{self._key_of(call, link.endpoint)} {sorted(link.only_on)}" for link in call.route if not link.disabled
+        ]
+        return (key, sha256("\n".join(links).encode()).hexdigest()) if len(links) > 1 else (key,)
+
+    async def _found(self, keys: tuple[str, ...]) -> Answer | None:
+        for key in keys:
+            if (answer := await self._answers.find(key)) is not None:
+                return answer
+        return None
+
+    def _hit(self, call: Call, answer: Answer) -> Reply:
+        call.trail.saved = answer.cost
+        self._answers.served(answer)
+        return answer.reply(call, self._clock)
+
+    async def _asked(self, call: Call, call_next: CallNext, keys: tuple[str, ...]) -> Reply:
+        async def ended(outcome: Outcome) -> None:
+            answer = Answer.of(outcome, self._clock.time())
+            if answer is None:
+                return
+            assert outcome.reply is not None
+            link = outcome.reply.call.link
+            by_first = len(keys) == 1 or (link is not None and link.endpoint == _first(call))
+            key = keys[0] if by_first else keys[1]
+            await self._answers.keep(key, answer, namespace=call.namespace, renew=call.cache == "refresh")
+
+        return await settled(call_next(call), ended)
+
+
+def _first(call: Call) -> Endpoint | None:
+    """Of the first link that is used when nothing is wrong."""
+    for link in call.route:
+        if not link.disabled and not link.only_on:
+            return link.endpoint
+    return None

@@ -1,0 +1,426 @@
+"""Where answers are kept on one machine: in a SQLite file beside the ledger's, or in memory.
+
+A file of its own, so that what was said can be deleted without touching the books, and a damaged one harms nothing
+else: it is moved aside, and a new one is begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import StoreError
+from llmkit.state.database import Database
+from llmkit.state.shared import Contents
+from llmkit.state.store import fitting_text, ledger_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from llmkit.clock import Clock
+    from llmkit.state.database import Work
+    from llmkit.state.shared import Entries
+
+__all__ = ["APPLICATION_ID", "MIGRATIONS", "MemoryEntries", "SQLiteEntries", "cache_path", "open_entries"]
+
+log = logging.getLogger("llmkit")
+
+APPLICATION_ID = 0x6C6C6D63  # "llmc"
+
+# The triggers keep the sums whatever changes a row, in the same transaction. ``value`` stands last: what is asked of
+# the other columns alone does not read it.
+_CACHE = (
+    """
+    CREATE TABLE entries (
+        key TEXT PRIMARY KEY NOT NULL,
+        namespace TEXT NOT NULL,
+        size INTEGER NOT NULL,
+        expires REAL,
+        used REAL NOT NULL,
+        value BLOB NOT NULL
+    )
+    """,
+    "CREATE INDEX entries_used ON entries (used)",
+    "CREATE INDEX entries_expires ON entries (expires) WHERE expires IS NOT NULL",
+    "CREATE TABLE sums (entries INTEGER NOT NULL, size INTEGER NOT NULL, generation INTEGER NOT NULL)",
+    "INSERT INTO sums VALUES (0, 0, 0)",
+    """
+    CREATE TRIGGER entry_made AFTER INSERT ON entries
+    BEGIN UPDATE sums SET entries = entries + 1, size = size + NEW.size; END
+    """,
+    """
+    CREATE TRIGGER entry_replaced AFTER UPDATE OF size ON entries
+    BEGIN UPDATE sums SET size = size - OLD.size + NEW.size; END
+    """,
+    """
+    CREATE TRIGGER entry_gone AFTER DELETE ON entries
+    BEGIN UPDATE sums SET entries = entries - 1, size = size - OLD.size; END
+    """,
+)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_CACHE,)
+
+_GET = "SELECT value, expires FROM entries WHERE key = ?"
+_PUT = """
+    INSERT INTO entries (key, namespace, size, expires, used, value) VALUES (?, ?, ?, ?, ?, ?)
+    ON CONFLICT (key) DO UPDATE SET namespace = excluded.namespace, size = excluded.size, expires = excluded.expires,
+        used = excluded.used, value = excluded.value
+"""
+_RENEW = "UPDATE sums SET generation = generation + 1"
+
+PATIENCE_S = 2.0  # an answer is not worth a longer wait
+_MOST_TOUCHED = 512  # entries of which it is not yet written that they were used
+_ROWS_A_CHECKPOINT = 1_000  # answers are long
+_PUTS_A_SWEEP = 64  # after so many, what has expired is removed
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}  # the last: a table is not there
+
+
+def cache_path(url: str) -> Path | None:
+    """The file of answers that belongs to the ledger at ``url``; None where nothing is kept in files."""
+    path = ledger_path(url)
+    return None if path is None else path.with_name(f"{path.stem}.cache.sqlite3")
+
+
+def open_entries(url: str, *, max_bytes: int, clock: Clock) -> Entries:
+    """The entries that belong to the ledger at ``url``; waits for files, so not for an event loop's thread.
+
+    Raises:
+        ConfigError: there is no such store.
+        StoreError: it cannot be opened.
+    """
+    path = cache_path(url)
+    if path is None:
+        return MemoryEntries(max_bytes=max_bytes, clock=clock)
+    private = url == "sqlite" and "LLMKIT_DATA_DIR" not in os.environ
+    return SQLiteEntries(path, max_bytes=max_bytes, clock=clock, private_folder=private)
+
+
+class MemoryEntries:
+    """Entries that end with the process; the least recently used go first."""
+
+    location = "memory"
+
+    def __init__(self, *, max_bytes: int, clock: Clock) -> None:
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._rows: dict[str, tuple[bytes, float | None, str]] = {}  # the least recently used first
+        self._size = 0
+        self._generation = 0
+        self._lock = threading.Lock()
+
+    async def get(self, key: str) -> tuple[bytes, float | None] | None:
+        with self._lock:
+            row = self._rows.pop(key, None)
+            if row is None:
+                return None
+            value, expires, _ = row
+            if expires is not None and expires <= self._clock.time():
+                self._size -= len(value)
+                return None
+            self._rows[key] = row
+            return value, expires
+
+    async def put(self, key: str, value: bytes, *, namespace: str, expires: float | None) -> None:
+        with self._lock:
+            self._remove(key)
+            if len(value) > self._max_bytes:
+                return
+            self._rows[key] = (bytes(value), expires, namespace)
+            self._size += len(value)
+            while self._size > self._max_bytes:
+                self._remove(next(iter(self._rows)))
+
+    async def delete(self, key: str) -> None:
+        with self._lock:
+            self._remove(key)
+
+    def _remove(self, key: str) -> None:
+        row = self._rows.pop(key, None)
+        if row is not None:
+            self._size -= len(row[0])
+
+    async def clear(self, namespace: str | None = None) -> int:
+        with self._lock:
+            keys = [key for key, row in self._rows.items() if namespace is None or row[2] == namespace]
+            for key in keys:
+                self._remove(key)
+            self._generation += 1
+            return len(keys)
+
+    async def renew(self) -> None:
+        with self._lock:
+            self._generation += 1
+
+    async def generation(self) -> int:
+        return self._generation
+
+    async def contents(self, namespace: str | None = None) -> Contents:
+        with self._lock:
+            sizes = [len(row[0]) for row in self._rows.values() if namespace is None or row[2] == namespace]
+        return Contents(len(sizes), sum(sizes))
+
+    async def aclose(self) -> None:
+        """There is nothing to let go of."""
+
+
+class SQLiteEntries:
+    """Entries in the SQLite file ``path``, shared by every process that opens it.
+
+    Looking up and storing happen on the caller's thread: a few µs, and no lock to wait for. That an entry was used is
+    written with the next one that is stored, so a hit writes nothing.
+
+    Args:
+        max_bytes: of all values together; the file is a little larger.
+
+    Raises:
+        StoreError: it cannot be opened.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_bytes: int,
+        clock: Clock,
+        private_folder: bool = False,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.location = str(path)
+        self._path = path
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._touched: dict[str, float] = {}
+        self._puts = 0
+        self._groups: dict[asyncio.AbstractEventLoop, list[tuple[Work[Any], asyncio.Future[None]]]] = {}
+        self._mending = threading.Lock()
+        self._open: Callable[[], Database] = partial(
+            Database,
+            path,
+            migrations=MIGRATIONS,
+            application_id=APPLICATION_ID,
+            what="cache",
+            private_folder=private_folder,
+            patience_s=patience_s,
+            changes_a_checkpoint=_ROWS_A_CHECKPOINT,
+            settings=("PRAGMA secure_delete = ON",),  # what is deleted is overwritten
+        )
+        try:
+            self._database = self._open()
+        except StoreError as error:
+            if not _is_damage(error):
+                raise
+            self._database = self._begun_anew(error)
+
+    # -- one entry ---------------------------------------------------------------------------------------------------
+
+    async def get(self, key: str) -> tuple[bytes, float | None] | None:
+        try:
+            rows = self._database.glance(_GET, (key,))
+        except StoreError as error:
+            await self._mend(error)
+            return None
+        if not rows:
+            return None
+        value, expires = rows[0]
+        now = self._clock.time()
+        if type(value) is not bytes or not (expires is None or (type(expires) is float and expires > now)):
+            return None
+        self._touched[key] = now
+        if len(self._touched) >= _MOST_TOUCHED:
+            await self._run(self._noting_use(_nothing))
+        return value, expires
+
+    async def put(self, key: str, value: bytes, *, namespace: str, expires: float | None) -> None:
+        if len(value) > self._max_bytes:
+            await self.delete(key)
+            return
+        now = self._clock.time()
+        row = (key, fitting_text(namespace), len(value), None if expires is None else float(expires), now, value)
+        self._puts += 1
+        sweep = self._puts % _PUTS_A_SWEEP == 1
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute(_PUT, row)
+            if sweep:
+                connection.execute("DELETE FROM entries WHERE expires <= ?", (now,))
+            size = connection.execute("SELECT size FROM sums").fetchone()[0]
+            if size > self._max_bytes:
+                _evict(connection, size - self._max_bytes, key)
+
+        await self._run_with_others(self._noting_use(work) if self._touched else work)
+
+    async def delete(self, key: str) -> None:
+        await self._run(lambda connection: connection.execute("DELETE FROM entries WHERE key = ?", (key,)))
+
+    def _noting_use(self, work: Work[None]) -> Work[None]:
+        """``work``, and writing down first what was used since the last time."""
+        touched, self._touched = self._touched, {}
+
+        def both(connection: sqlite3.Connection) -> None:
+            rows = [(used, key) for key, used in touched.items()]
+            connection.executemany("UPDATE entries SET used = ? WHERE key = ?", rows)
+            work(connection)
+
+        return both
+
+    # -- all entries -------------------------------------------------------------------------------------------------
+
+    async def clear(self, namespace: str | None = None) -> int:
+        removed: int = await self._run(partial(_clear, None if namespace is None else fitting_text(namespace)))
+        await asyncio.to_thread(self._database.scrub, shrink=namespace is None)
+        if namespace is None:
+            for path in _files(_aside(self._path)):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        return removed
+
+    async def renew(self) -> None:
+        await self._run(lambda connection: connection.execute(_RENEW))
+
+    async def generation(self) -> int:
+        try:
+            rows = self._database.glance("SELECT generation FROM sums")
+            generation = rows[0][0] if rows else 0
+        except StoreError as error:
+            await self._mend(error)
+            generation = -1
+        return generation if type(generation) is int else 0
+
+    async def contents(self, namespace: str | None = None) -> Contents:
+        if namespace is None:
+            rows = self._database.glance("SELECT entries, size FROM sums")
+            return Contents(*rows[0])
+        sql = "SELECT count(*), coalesce(sum(size), 0) FROM entries WHERE namespace = ?"
+        rows = await asyncio.to_thread(self._database.read, sql, (fitting_text(namespace),))
+        return Contents(*rows[0])
+
+    async def aclose(self) -> None:
+        if self._touched:
+            with contextlib.suppress(StoreError):
+                await self._run(self._noting_use(_nothing))
+        await asyncio.to_thread(self._database.close)
+
+    # -- the file ----------------------------------------------------------------------------------------------------
+
+    async def _run(self, work: Work[Any]) -> Any:
+        try:
+            return await _done(self._database.run(work))
+        except StoreError as error:
+            await self._mend(error)
+            return await _done(self._database.run(work))
+
+    async def _run_with_others(self, work: Work[None]) -> None:
+        """Do it now; but with all others that come in the same turn of the loop in one transaction, if there are any."""
+        loop = asyncio.get_running_loop()
+        group = self._groups.get(loop)
+        if group is not None:
+            done: asyncio.Future[None] = loop.create_future()
+            group.append((work, done))
+            await done
+            return
+        self._groups[loop] = []
+        loop.call_soon(self._flush, loop)
+        await self._run(work)
+
+    def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
+        group = self._groups.pop(loop)
+        if group:
+            task = loop.create_task(self._run_group(group))
+            _FLUSHING.add(task)  # a loop keeps only weak references to its tasks
+            task.add_done_callback(_FLUSHING.discard)
+
+    async def _run_group(self, group: list[tuple[Work[Any], asyncio.Future[None]]]) -> None:
+        def work(connection: sqlite3.Connection) -> None:
+            for each, _ in group:
+                each(connection)
+
+        failure: BaseException | None = None
+        try:
+            await self._run(work)
+        except BaseException as error:  # noqa: BLE001 - whoever waits for it must hear of it
+            failure = error
+        for _, done in group:
+            if done.done():  # whoever waited was cancelled
+                continue
+            if failure is None:
+                done.set_result(None)
+            else:
+                done.set_exception(failure)
+
+    async def _mend(self, error: StoreError) -> None:
+        """Begin a new file where the old one is damaged; raise ``error`` where something else is wrong."""
+        if not _is_damage(error):
+            raise error
+        await asyncio.to_thread(self._replace, self._database, error)
+
+    def _replace(self, damaged: Database, error: StoreError) -> None:
+        with self._mending:
+            if self._database is damaged:
+                damaged.close()
+                self._database = self._begun_anew(error)
+
+    def _begun_anew(self, error: StoreError) -> Database:
+        """A new file in place of the damaged one, which is moved aside."""
+        log.warning("%s; it is moved to %s, and a new one is begun", error.message, _aside(self._path).name)
+        try:
+            for old, new in zip(_files(self._path), _files(_aside(self._path)), strict=True):
+                if old.exists():
+                    old.replace(new)
+        except OSError as failure:
+            raise StoreError(f"the damaged cache {self._path} cannot be moved: {failure.strerror}") from failure
+        return self._open()
+
+
+_FLUSHING: set[asyncio.Task[None]] = set()
+
+
+def _nothing(_: sqlite3.Connection) -> None:
+    """No work beside what is noted."""
+
+
+async def _done(result: Any) -> Any:
+    return await asyncio.shield(asyncio.wrap_future(result)) if isinstance(result, Future) else result
+
+
+def _evict(connection: sqlite3.Connection, excess: int, kept: str) -> None:
+    """Remove the least recently used, until ``excess`` bytes are gone."""
+    while excess > 0:
+        sql = "SELECT rowid, size FROM entries WHERE key != ? ORDER BY used, rowid LIMIT 64"
+        rows = connection.execute(sql, (kept,)).fetchall()
+        if not rows:
+            return
+        for rowid, size in rows:
+            connection.execute("DELETE FROM entries WHERE rowid = ?", (rowid,))
+            excess -= size
+            if excess <= 0:
+                return
+
+
+def _clear(namespace: str | None, connection: sqlite3.Connection) -> int:
+    if namespace is None:
+        removed = connection.execute("DELETE FROM entries").rowcount
+    else:
+        removed = connection.execute("DELETE FROM entries WHERE namespace = ?", (namespace,)).rowcount
+    connection.execute(_RENEW)
+    return removed
+
+
+def _is_damage(error: StoreError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, sqlite3.Error) and getattr(cause, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.damaged")
+
+
+def _files(path: Path) -> list[Path]:
+    """A database and what SQLite keeps beside it."""
+    return [path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")]
