@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmkit.call import Call
     from llmkit.clock import Clock
     from llmkit.endpoint import Endpoint
+    from llmkit.flight import SingleFlight
     from llmkit.pipeline import CallNext
     from llmkit.reply import Outcome, Reply
 
@@ -33,12 +34,20 @@ class Cache:
 
     Args:
         key_of: the key of a call at an endpoint; None where it has none.
+        flights: calls that are shared while they are in flight; None where each is asked by itself.
     """
 
-    def __init__(self, answers: AnswerCache, key_of: Callable[[Call, Endpoint], str | None], clock: Clock) -> None:
+    def __init__(
+        self,
+        answers: AnswerCache,
+        key_of: Callable[[Call, Endpoint], str | None],
+        clock: Clock,
+        flights: SingleFlight | None = None,
+    ) -> None:
         self._answers = answers
         self._key_of = key_of
         self._clock = clock
+        self._flights = flights
 
     async def __call__(self, call: Call, call_next: CallNext) -> Reply:
         mode, answers = call.cache, self._answers
@@ -55,10 +64,7 @@ class Cache:
             answer = answers.copy_of(keys[0]) or await self._found(keys)
             if answer is not None:
                 return self._hit(call, answer)
-            answers.misses += 1
-            if mode == "only":
-                raise NotCached("the answer to this request is not in the cache")
-        return await self._asked(call.to(request_key=keys[-1]), call_next, keys)
+        return await self._asked(_Asking(self, call, call_next, keys))
 
     def _keys(self, call: Call) -> tuple[str, ...] | None:
         """The key of the first link, and of the whole chain where there is more than one."""
@@ -85,18 +91,48 @@ class Cache:
         self._answers.served(answer)
         return answer.reply(call, self._clock)
 
-    async def _asked(self, call: Call, call_next: CallNext, keys: tuple[str, ...]) -> Reply:
-        async def ended(outcome: Outcome) -> None:
-            answer = Answer.of(outcome, self._clock.time())
-            if answer is None:
-                return
-            assert outcome.reply is not None
-            link = outcome.reply.call.link
-            by_first = len(keys) == 1 or (link is not None and link.endpoint == _first(call))
-            key = keys[0] if by_first else keys[1]
-            await self._answers.keep(key, answer, namespace=call.namespace, renew=call.cache == "refresh")
+    async def _asked(self, asking: _Asking) -> Reply:
+        call = asking.call
+        if self._flights is not None:
+            reply = await self._flights.share(asking.keys[-1], call, asking)
+            if reply is not None:
+                return reply
+        elif call.cache != "only":
+            return await settled(asking.ask(), asking.store)
+        self._answers.misses += 1
+        raise NotCached("the answer to this request is not in the cache")
 
-        return await settled(call_next(call), ended)
+
+class _Asking:
+    """One call whose answer was not there."""
+
+    __slots__ = ("_call_next", "_layer", "call", "keys")
+
+    def __init__(self, layer: Cache, call: Call, call_next: CallNext, keys: tuple[str, ...]) -> None:
+        self._layer = layer
+        self._call_next = call_next
+        self.call = call.to(request_key=keys[-1])
+        self.keys = keys
+
+    async def look(self) -> Reply | None:
+        if self.call.cache == "refresh":
+            return None
+        answer = await self._layer._found(self.keys)
+        return None if answer is None else self._layer._hit(self.call, answer)
+
+    async def ask(self) -> Reply:
+        self._layer._answers.misses += 1
+        return await self._call_next(self.call)
+
+    async def store(self, outcome: Outcome) -> None:
+        answer = Answer.of(outcome, self._layer._clock.time())
+        if answer is None or outcome.reply is None:
+            return
+        link = outcome.reply.call.link
+        by_first = len(self.keys) == 1 or (link is not None and link.endpoint == _first(self.call))
+        key = self.keys[0] if by_first else self.keys[1]
+        renew = self.call.cache == "refresh"
+        await self._layer._answers.keep(key, answer, namespace=self.call.namespace, renew=renew)
 
 
 def _first(call: Call) -> Endpoint | None:
