@@ -6,6 +6,11 @@ A step is never changed once it has been released; a new one is added at the end
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["APPLICATION_ID", "MIGRATIONS"]
 
 APPLICATION_ID = 0x6C6C6D6B  # "llmk", so that a database of something else is not taken for a ledger
@@ -72,4 +77,140 @@ _LEDGER = (
     "CREATE INDEX calls_in_flight ON calls (owner) WHERE status = 'in_flight'",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_LEDGER,)
+# Sums of what has ended, kept by triggers, so that no writer can forget them and none is wrong when a row ends twice: a
+# call that was thought lost. Each adds what the new row makes, and takes away what the old one made.
+_TOKENS = ("input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens")
+
+
+def _counted(value: str) -> str:
+    """Unknown counts nothing; what only a broken or hostile server can have sent is cut, so that no sum overflows."""
+    return f"max(0, min(coalesce({value}, 0), 1000000000000000))"
+
+
+def _of_attempt(row: str) -> dict[str, str]:
+    """What an attempt adds to the sums, by column."""
+    return {
+        "model": f"{row}.provider || ':' || {row}.model",
+        "attempts": "1",
+        **{column: _counted(f"{row}.{column}") for column in _TOKENS},
+        "cost_nanos": _counted(f"{row}.cost_nanos"),
+        "unpriced": f"{row}.cost_nanos IS NULL",
+        "maybe_billed": f"coalesce({row}.maybe_billed, 0) <> 0",
+    }
+
+
+def _of_call(row: str) -> dict[str, str]:
+    """What a call adds to the sums of its last attempt's endpoint; of the model that answered, where there was none."""
+    return {
+        "model": f"""coalesce(
+            (SELECT provider || ':' || model FROM attempts WHERE request_id = {row}.request_id
+             ORDER BY number DESC LIMIT 1),
+            {row}.provider || ':' || {row}.response_model,
+            {row}.model
+        )""",  # noqa: S608 - all names are our own
+        "calls": "1",
+        "saved_nanos": _counted(f"{row}.saved_nanos"),
+    }
+
+
+def _added(values: dict[str, str], source: str, sign: str = "+") -> str:
+    """A statement that adds ``values`` to the sums of ``calls``' time, user and tags, for each row of ``source``."""
+    sums = [name for name in values if name != "model"]
+    return f"""
+        INSERT INTO spend (quarter, user, tags, model, {", ".join(sums)})
+        SELECT CAST(calls.started / 900 AS INTEGER), coalesce(calls.user, ''), calls.tags, {values["model"]},
+            {", ".join(f"{sign} ({values[name]})" for name in sums)}
+        FROM {source}
+        ON CONFLICT (quarter, model, user, tags) DO UPDATE SET {", ".join(f"{n} = {n} + excluded.{n}" for n in sums)}
+    """  # noqa: S608
+
+
+def _kept(table: str, of: Callable[[str], dict[str, str]]) -> tuple[str, ...]:
+    source = "calls WHERE calls.request_id = {}.request_id"
+    add = _added(of("NEW"), source.format("NEW"))
+    take = _added(of("OLD"), source.format("OLD"), "-")
+    return (
+        f"CREATE TRIGGER {table}_ended AFTER UPDATE ON {table} WHEN NEW.status <> 'in_flight' BEGIN {add}; END",
+        f"CREATE TRIGGER {table}_changed AFTER UPDATE ON {table} WHEN OLD.status <> 'in_flight' BEGIN {take}; END",
+        f"CREATE TRIGGER {table}_added AFTER INSERT ON {table} WHEN NEW.status <> 'in_flight' BEGIN {add}; END",
+    )
+
+
+_SPEND = (
+    "ALTER TABLE calls ADD COLUMN saved_nanos INTEGER",
+    "ALTER TABLE attempts ADD COLUMN price TEXT",
+    "ALTER TABLE attempts ADD COLUMN price_date TEXT",
+    """
+    CREATE TABLE spend (
+        quarter INTEGER NOT NULL,
+        model TEXT NOT NULL,
+        user TEXT NOT NULL,
+        tags TEXT NOT NULL,
+        calls INTEGER NOT NULL DEFAULT 0,
+        attempts INTEGER NOT NULL DEFAULT 0,
+        input_tokens INTEGER NOT NULL DEFAULT 0,
+        cached_input_tokens INTEGER NOT NULL DEFAULT 0,
+        cache_write_tokens INTEGER NOT NULL DEFAULT 0,
+        output_tokens INTEGER NOT NULL DEFAULT 0,
+        reasoning_tokens INTEGER NOT NULL DEFAULT 0,
+        cost_nanos INTEGER NOT NULL DEFAULT 0,
+        saved_nanos INTEGER NOT NULL DEFAULT 0,
+        unpriced INTEGER NOT NULL DEFAULT 0,
+        maybe_billed INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (quarter, model, user, tags)
+    ) WITHOUT ROWID
+    """,
+    _added(_of_attempt("attempts"), "attempts JOIN calls USING (request_id) WHERE attempts.status <> 'in_flight'"),
+    _added(_of_call("calls"), "calls WHERE calls.status <> 'in_flight'"),
+    *_kept("attempts", _of_attempt),
+    *_kept("calls", _of_call),
+)
+
+# `state` of a hold is `held`; or how it was ended while nobody knew its end: `unknown`, with what then counts as
+# settled, or `released`. Such a row stays, so that the owner can correct it.
+_ACCOUNTS = (
+    """
+    CREATE TABLE accounts (
+        key TEXT PRIMARY KEY NOT NULL,
+        settled_nanos INTEGER NOT NULL,
+        held_nanos INTEGER NOT NULL,
+        unknown_nanos INTEGER NOT NULL,
+        settled_tokens INTEGER NOT NULL,
+        held_tokens INTEGER NOT NULL,
+        unknown_tokens INTEGER NOT NULL,
+        resets_at REAL,
+        touched REAL NOT NULL
+    ) WITHOUT ROWID
+    """,
+    """
+    CREATE TABLE holds (
+        request_id TEXT NOT NULL,
+        number INTEGER NOT NULL,
+        accounts TEXT NOT NULL,
+        nanos INTEGER NOT NULL,
+        tokens INTEGER NOT NULL,
+        owner TEXT NOT NULL,
+        expires REAL NOT NULL,
+        slot INTEGER,
+        state TEXT NOT NULL DEFAULT 'held',
+        PRIMARY KEY (request_id, number)
+    ) WITHOUT ROWID
+    """,
+)
+
+_CIRCUITS = (
+    """
+    CREATE TABLE circuits (
+        endpoint TEXT PRIMARY KEY NOT NULL,
+        state TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        reopens_at REAL NOT NULL,
+        failures_in_row INTEGER NOT NULL,
+        successes INTEGER NOT NULL,
+        last_failure TEXT
+    ) WITHOUT ROWID
+    """,
+    "CREATE TABLE probes (endpoint TEXT NOT NULL, owner TEXT NOT NULL, until REAL NOT NULL)",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_LEDGER, (*_SPEND, *_ACCOUNTS, *_CIRCUITS))

@@ -1,24 +1,32 @@
 """The protocol of a store, and what is written to one.
 
 A store takes *changes*: small records of something that began or ended. ``commit`` applies a list of them as one
-transaction, so that what belongs together is never seen apart; a new kind of fact is a new kind of change.
+transaction, so that what belongs together is never seen apart; a new kind of fact is a new kind of change. What is set
+aside, spent and given back is among them (`llmkit.account`).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from llmkit.account import Account, Hold, Release, Sent, Settle
 from llmkit.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Future
 
+    from llmkit.account import Balance
+
 __all__ = [
     "ATTEMPT_COLUMNS",
     "CALL_COLUMNS",
+    "QUARTER_S",
+    "SPEND_KEYS",
+    "SPEND_SUMS",
     "AttemptBegun",
     "AttemptEnded",
     "CallBegun",
@@ -35,6 +43,7 @@ __all__ = [
 
 FILE_NAME = "ledger.sqlite3"
 LARGEST = 2**63 - 1
+MOST_SUMS = 500_000  # more rows of sums than these are no overview
 LOST_MESSAGE = "its process ended before the call did; what was sent may be billed"
 
 
@@ -65,7 +74,11 @@ class AttemptBegun(NamedTuple):
 
 
 class AttemptEnded(NamedTuple):
-    """An attempt ended. Tokens as in `llmkit.reply.Usage`; None is unknown, never nothing; cost in nano-dollars."""
+    """An attempt ended. Tokens as in `llmkit.reply.Usage`; None is unknown, never nothing; cost in nano-dollars.
+
+    ``price``: the USD per million tokens that the cost was made with, as JSON; ``price_date``: the ISO date of the price
+    table that they are from. None where there was no price, and where it has no date.
+    """
 
     status: str
     input_tokens: int | None
@@ -76,6 +89,8 @@ class AttemptEnded(NamedTuple):
     estimated: int | None
     cost_nanos: int | None
     price_source: str | None
+    price: str | None
+    price_date: str | None
     latency_s: float
     time_to_first_token_s: float | None
     http_status: int | None
@@ -89,7 +104,10 @@ class AttemptEnded(NamedTuple):
 
 
 class CallEnded(NamedTuple):
-    """A call ended. Of tokens and cost the same holds as of an attempt's."""
+    """A call ended. Of tokens and cost the same holds as of an attempt's.
+
+    ``saved_nanos``: what a stored or shared answer would have cost; None where nothing was saved, or nobody knows.
+    """
 
     status: str
     response_model: str | None
@@ -102,6 +120,7 @@ class CallEnded(NamedTuple):
     reasoning_tokens: int | None
     estimated: int | None
     cost_nanos: int | None
+    saved_nanos: int | None
     latency_s: float | None
     time_to_first_token_s: float | None
     attempts: int
@@ -118,10 +137,36 @@ class DuplicateCall(StoreError):
     default_next_step = "give each call a request_id of its own, or none"
 
 
-Change = CallBegun | AttemptBegun | AttemptEnded | CallEnded
+Change = CallBegun | AttemptBegun | AttemptEnded | CallEnded | Hold | Sent | Settle | Release
 
 CALL_COLUMNS = tuple(dict.fromkeys((*CallBegun._fields, *CallEnded._fields)))
 ATTEMPT_COLUMNS = tuple(dict.fromkeys((*AttemptBegun._fields, *AttemptEnded._fields)))
+
+QUARTER_S = 900
+"""What one sum of spending is for, in seconds: every time zone is whole quarters of an hour away from UTC."""
+
+SPEND_KEYS = ("quarter", "model", "user", "tags")
+"""What spending is summed by: the beginning (epoch seconds) of the quarter of an hour in which the *call* started, the
+endpoint's name, the user ("" for none), and the tags as a JSON object."""
+
+SPEND_SUMS = (
+    "calls",
+    "attempts",
+    "input_tokens",
+    "cached_input_tokens",
+    "cache_write_tokens",
+    "output_tokens",
+    "reasoning_tokens",
+    "cost_nanos",
+    "saved_nanos",
+    "unpriced",
+    "maybe_billed",
+)
+"""``calls`` and ``attempts`` that have ended, what is known of their tokens and cost, the ``unpriced`` attempts whose
+cost is not known, and those that were ``maybe_billed``."""
+
+IsGone = Callable[[str], bool | None]  # of an owner
+WasSent = Callable[[str, int | None], bool]  # of an owner and a slot
 
 
 class Store(Protocol):
@@ -142,9 +187,16 @@ class Store(Protocol):
             None when it is done, which is the rule; else a future of its end: the store is busy, and a thread of its
             own goes on trying, in the order of the commits. Cancelling the future does nothing.
 
+        A `Hold` takes what it is for out of all its accounts, and its ``balances`` are filled; an account that is used
+        for the first time begins with what the ledger has for it. An ending (`Settle`, `Release`) of a hold that is not
+        there any more does nothing, and one of a hold that was ended as unknown corrects that.
+
         Raises:
-            DuplicateCall: a call or attempt has begun before.
-            StoreError: it cannot be written. The future fails with the same.
+            DuplicateCall: a call, attempt or hold has begun before.
+            HoldRefused: a hold does not fit.
+            StoreError: it cannot be written.
+
+        Nothing of the commit was applied then. The future fails with the same.
         """
 
     def calls(self, *, limit: int | None = None, since: float | None = None) -> list[dict[str, Any]]:
@@ -164,10 +216,53 @@ class Store(Protocol):
     def owners(self) -> dict[str, float]:
         """Who has calls in flight, and when the newest of them started (epoch seconds)."""
 
-    def mark_lost(self, owner: str) -> int:
-        """Every call in flight of ``owner`` becomes ``lost``, its open attempt ``maybe_billed``. Returns how many.
+    def mark_lost(self, owner: str, was_sent: WasSent | None = None) -> int:
+        """Every call in flight of ``owner`` becomes ``lost``, and its holds end with it. Returns how many calls.
 
-        The cost of a lost call is unknown, unless no attempt was open.
+        Its open attempt is ``maybe_billed`` and of unknown cost, and so is the call; unless there was a hold and it is
+        known, by ``was_sent(owner, slot)``, that the request never went out.
+        """
+
+    def balances(self, accounts: Sequence[Account]) -> list[Balance]:
+        """What each has counted, in their order; what the ledger has for one that nobody has used yet.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+
+    def reap(self, now: float, *, is_gone: IsGone, was_sent: WasSent) -> int:
+        """End the holds that nobody will end any more. Returns how many.
+
+        Those of an owner that is gone end together with its calls (see `mark_lost`). Where that cannot be known
+        (``is_gone(owner)`` is None), a hold ends when its lease has expired at ``now`` (epoch seconds). One that was
+        sent is settled at its worst case, as unknown; one that was not is released. Both are kept on record, so that
+        the owner may still say what it really was. Accounts of windows that ended long ago are removed.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+
+    def spend(
+        self,
+        *,
+        by: Sequence[str] = SPEND_KEYS,
+        sums: Sequence[str] = SPEND_SUMS,
+        windows: Sequence[float] = (),
+        since: float | None = None,
+        until: float | None = None,
+    ) -> list[tuple[Any, ...]]:
+        """The sums of spending, as tuples of ``by`` (some of `SPEND_KEYS`) and then ``sums`` (some of `SPEND_SUMS`).
+
+        Args:
+            windows: ascending beginnings of windows, and the end of the last one, in epoch seconds: the sums are for
+                each window, whose beginning stands first in the tuple. Windows without any are left out.
+            since, until: only what started from then on, and before then, in epoch seconds.
+
+        All times are rounded down to whole quarters of an hour. Nothing is said of the order.
+
+        Raises:
+            ValueError: a column that is none.
+            StoreError: it cannot be read, or there are more than `MOST_SUMS` combinations.
         """
 
     def close(self) -> None:
@@ -176,6 +271,10 @@ class Store(Protocol):
 
 def fitting(change: Change) -> Change:
     """The same change with values that every store can hold: 64-bit integers, and text that is valid Unicode."""
+    if isinstance(change, Hold):
+        accounts = tuple(Account._make(_fit(value) for value in account) for account in change.accounts)
+        fitted = Hold._make(_fit(value) for value in change._replace(accounts=(), balances=[]))
+        return fitted._replace(accounts=accounts, balances=change.balances)  # the list is where the answer goes
     return type(change)._make(_fit(value) for value in change)
 
 

@@ -40,7 +40,7 @@ def begun(request_id, started=1.0):
 
 
 def ended(request_id, status="complete"):
-    return [CallEnded(status, *[None] * 12, 1, 0, *[None] * 3, request_id)]
+    return [CallEnded(status, *[None] * 13, 1, 0, *[None] * 3, request_id)]
 
 
 def locked(path):
@@ -376,7 +376,7 @@ WRITER = """
     for number in range(500):
         key = f"{name}-{number}"
         changes = [CallBegun(key, 1.0, None, "{}", "m", "host:1:a"), AttemptBegun(key, 1, 1.0, "openai", "m", None)]
-        for commit in (changes, [CallEnded("complete", *[None] * 12, 1, 0, *[None] * 3, key)]):
+        for commit in (changes, [CallEnded("complete", *[None] * 13, 1, 0, *[None] * 3, key)]):
             waiting = store.commit(commit)
             if waiting is not None:
                 waiting.result(30)
