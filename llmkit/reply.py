@@ -153,6 +153,10 @@ class Reply:
         self._hooks: list[Callable[[Outcome], Awaitable[None]]] = []
         self._reader: asyncio.Task[Any] | None = None
         self._waiters: list[asyncio.Future[None]] = []
+        self._heard: Callable[[list[Chunk]], object] | None = None
+        self._wanted: Callable[[], bool] | None = None
+        self._reading_on: asyncio.Task[None] | None = None
+        self._left = False
         self._aborting = False
         self._ending = False
         self._text: str | None = None
@@ -286,10 +290,13 @@ class Reply:
 
     async def _pull(self) -> None:
         """Wait for one more batch, or for the end; failures are in the outcome, cancellation is raised."""
-        if self._reader is not None or self._ending:
-            waiter = self._loop.create_future()
-            self._waiters.append(waiter)
-            await waiter
+        reading_on = self._reading_on
+        if (
+            self._reader is not None
+            or self._ending
+            or (reading_on is not None and reading_on is not asyncio.current_task())
+        ):
+            await self._wait()
             return
         self._reader = asyncio.current_task()
         try:
@@ -309,10 +316,24 @@ class Reply:
             raise
         else:
             self._chunks += batch
+            if self._heard is not None:
+                self._heard(batch)
         finally:
             self._reader = None
             if self._waiters:
                 self._wake()
+
+    async def _wait(self) -> None:
+        """Wait until somebody else has read a batch, or the end."""
+        waiter = self._loop.create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            # Whoever reads it in the background is not cancelled with its reader.
+            if self._reading_on not in {None, asyncio.current_task()} and not self._aborting and not self._leave():
+                await self.abort()
+            raise
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []
@@ -354,10 +375,63 @@ class Reply:
             message += f" (finish reason: {head.finish_reason or 'none'})"
         return EmptyReply(message, reasoning_tokens=reasoning, **fields)
 
+    # -- sharing -----------------------------------------------------------------------------------------------------
+
+    def share(self, heard: Callable[[list[Chunk]], object], wanted: Callable[[], bool]) -> None:
+        """Let others follow: ``heard`` gets what has arrived, at once, and each batch as it arrives.
+
+        While ``wanted()``, a reader who closes it only leaves it.
+        """
+        self._heard, self._wanted = heard, wanted
+        if self._chunks:
+            heard(list(self._chunks))
+
+    def read_on(self) -> None:
+        """Read it in the background from now on, so that it arrives however slow its readers are."""
+        if self._reading_on is None and self.outcome is None:
+            self._reading_on = self._loop.create_task(self._read_to_the_end())
+            _keep(self._reading_on)
+
+    async def _read_to_the_end(self) -> None:
+        try:
+            while self.outcome is None:
+                await self._pull()
+        except Exception:  # it is in the outcome
+            log.debug("a reply that others follow broke", exc_info=True)
+        finally:
+            self._reading_on = None
+            self._wake()
+
+    def _leave(self) -> bool:
+        """Whether others go on with it when its own reader has left it; if so, from now on it is for them alone."""
+        if self._wanted is None or not self._wanted():
+            return False
+        self._left = True
+        self.read_on()
+        return True
+
+    @property
+    def is_left(self) -> bool:
+        """Whether its own reader has left it, so that it arrives for followers alone."""
+        return self._left and self.outcome is None
+
+    def unwanted(self) -> None:
+        """Nobody follows it any longer: if its own reader has left it before, it ends now."""
+        if self.is_left and not self._ending and self._wanted is not None and not self._wanted():
+            _keep(self._loop.create_task(self.abort()))
+
     # -- ending ------------------------------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
-        """Stop it: the connection is closed, what was spent is booked, what had arrived stays. Harmless when ended."""
+        """Stop it: the connection is closed, what was spent is booked, what had arrived stays. Harmless when ended.
+
+        While identical calls follow it, it is only left: for them it is read on, and it ends when that does.
+        """
+        if self.outcome is None and not self._leave():
+            await self.abort()
+
+    async def abort(self) -> None:
+        """`aclose`, whoever follows it."""
         if self.outcome is not None:
             return
         if self._reader is not None and self._reader is not asyncio.current_task() and not self._ending:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator
 
-__all__ = ["shielded"]
+__all__ = ["begun", "shielded"]
+
+
+def begun(work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+    """Drive ``work`` right here until it has to wait. Returns a task of what is left, None if that is nothing."""
+    try:
+        waiting_for = work.send(None)
+    except StopIteration:
+        return None
+    return asyncio.get_running_loop().create_task(_continued(work, waiting_for))
 
 
 async def shielded(work: Coroutine[Any, Any, None]) -> None:
@@ -18,11 +27,9 @@ async def shielded(work: Coroutine[Any, Any, None]) -> None:
     Endings seldom have to wait for anything, so ``work`` is first driven right here; only when it does wait is it
     moved to a task of its own (which alone costs more than the whole of an ordinary ending).
     """
-    try:
-        waiting_for = work.send(None)
-    except StopIteration:
+    task = begun(work)
+    if task is None:
         return
-    task = asyncio.get_running_loop().create_task(_continued(work, waiting_for))
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
