@@ -35,7 +35,7 @@ ORDER = [
     {"flight"},
     {"reply"},
     {"call"},
-    {"clock", "account", "endpoint", "environment", "money", "places", "redaction", "shield"},
+    {"calendar", "clock", "account", "endpoint", "environment", "money", "places", "redaction", "shield"},
     {"errors"},
 ]
 RANK = {part: rank for rank, parts in enumerate(reversed(ORDER)) for part in parts}

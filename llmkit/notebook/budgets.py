@@ -13,7 +13,7 @@ from llmkit.money import amount, money
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     import pandas as pd
 
@@ -50,7 +50,11 @@ def in_words(budget: BudgetSettings, cell: object = None) -> str:
     if budget.request_tokens is not None:
         own.append(f"{budget.request_tokens:,} tokens a request")
     for limit in budget.limits:
-        (default if limit.is_default else own).extend(_limit(limit))
+        each = f"{'in all' if limit.window == 'total' else f'a {limit.window}'}{_whose(limit)}"
+        if limit.usd is not None:
+            (default if limit.is_default else own).append(f"{amount(limit.usd)} {each}")
+        if limit.tokens is not None:
+            own.append(f"{limit.tokens:,} tokens {each}")
     if not own and not default:
         return "no caps"
     parts = [f"caps: {_listed(own)}"] if own else []
@@ -62,14 +66,6 @@ def in_words(budget: BudgetSettings, cell: object = None) -> str:
 def _listed(words: Sequence[str]) -> str:
     shown = list(words[:MANY])
     return ", ".join(shown if len(shown) == len(words) else [*shown, f"and {len(words) - MANY} more"])
-
-
-def _limit(limit: Limit) -> Iterable[str]:
-    each = f" {'in all' if limit.window == 'total' else f'a {limit.window}'}{_whose(limit)}"
-    if limit.usd is not None:
-        yield amount(limit.usd) + each
-    if limit.tokens is not None:
-        yield f"{limit.tokens:,} tokens{each}"
 
 
 def _whose(limit: Limit) -> str:
