@@ -116,6 +116,7 @@ class Trail:
     ``listener`` hears every event of this call, on the event loop's thread. ``saved``: USD that a stored or shared
     answer would have cost. ``warnings``: what the caller should know although nothing failed, in sentences.
     ``sent``: whether the attempt under way has gone out, False between attempts; None where nobody notes it.
+    ``asked``: tells the first request of this call from a different one, in this process only.
     """
 
     listener: Callable[[Event], object] | None = None
@@ -126,6 +127,7 @@ class Trail:
     saved: Decimal | None = None
     warnings: list[str] = field(default_factory=list)
     sent: bool | None = None
+    asked: int | None = None
 
     @property
     def spent(self) -> Decimal | None:

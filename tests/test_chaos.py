@@ -133,7 +133,7 @@ class Chaos:
         """Each request that arrived with the attempt that sent it."""
         requests: dict[str, list[Received]] = collections.defaultdict(list)
         for request in simulator.requests:
-            requests[request.headers["idempotency-key"]].append(request)
+            requests[request.headers["idempotency-key"].partition(".")[0]].append(request)
         for request_id, received in requests.items():
             yield from zip(received, self.ledger.attempts(request_id), strict=True)
 

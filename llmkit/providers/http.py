@@ -7,6 +7,7 @@ before it is parsed.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -219,7 +220,11 @@ class Provider:
         if prepared is None:
             prepared = target.prepared = engine.prepare(target.url, target.headers)
         return await engine.exchange(
-            prepared, prepared.headers_for(call.request_id), body, connect=connect, on_send=call.sends
+            prepared,
+            prepared.headers_for(_idempotency_key(call, target.url, body)),
+            body,
+            connect=connect,
+            on_send=call.sends,
         )
 
     def _carrier(self, endpoint: Endpoint) -> httpx.AsyncBaseTransport | None:
@@ -561,12 +566,31 @@ async def _through(transport: httpx.AsyncBaseTransport, target: _Target, call: C
     request = httpx.Request(
         "POST",
         target.url,
-        headers=[*target.headers, ("Idempotency-Key", call.request_id)],
+        headers=[*target.headers, ("Idempotency-Key", _idempotency_key(call, target.url, body))],
         content=body,
         extensions={"timeout": {"connect": connect, "read": None, "write": None, "pool": connect}},
     )
     await call.sends()
     return _HttpxExchange(await transport.handle_async_request(request))
+
+
+def _idempotency_key(call: Call, url: str, body: bytes) -> str:
+    """What tells a service that a request is a repeat, so that it answers again without billing again.
+
+    Where a stored answer would do, the same request of the same user has the same key, so an answer that was lost on its
+    way can be had once more. Where a new one is wanted, only attempts of one call share it: their ``request_id``.
+    No two different requests share a key.
+    """
+    if call.request_key is not None and call.cache == "use":
+        asked = hashlib.sha256(repr((call.user, call.request_key, url)).encode())
+        asked.update(body)
+        return asked.hexdigest()[:32]
+    trail, asking = call.trail, hash((url, body))
+    if trail.asked is None:
+        trail.asked = asking
+    if asking == trail.asked:
+        return call.request_id
+    return f"{call.request_id}.{hashlib.sha256(url.encode() + body).hexdigest()[:16]}"
 
 
 def _is_fruitless(head: Head, chunks: list[Chunk]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from llmkit.reply import Usage
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmkit.clock import Clock
     from llmkit.testing.faults import Fault
 
-__all__ = ["Headers", "Received", "Settings", "State", "added"]
+__all__ = ["Answered", "Headers", "Received", "Settings", "State", "added"]
 
 State = Literal["open", "complete", "broken", "left", "stopped"]
 
@@ -25,6 +25,13 @@ class Headers(dict[str, str]):
 
     def __repr__(self) -> str:
         return repr({name: "…" if name in _SECRET else value for name, value in self.items()})
+
+
+class Answered(NamedTuple):
+    """A request that was answered under an ``Idempotency-Key``, and all that was billed for it so far."""
+
+    body: Any
+    billed: Usage
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +47,7 @@ class Received:
         state: ``open``; then ``complete``, ``broken`` (by a fault), ``left`` (by the client) or ``stopped`` (with the
             server).
         input_tokens, cached_input_tokens, output_tokens, reasoning_tokens: what is billed so far.
+        repeats: what was answered before under the same ``Idempotency-Key``; what was billed then is not billed again.
     """
 
     method: str
@@ -54,6 +62,7 @@ class Received:
     cached_input_tokens: int = 0
     output_tokens: int = 0
     reasoning_tokens: int = 0
+    repeats: Answered | None = field(default=None, repr=False)
 
     @property
     def billed(self) -> Usage:

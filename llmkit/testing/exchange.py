@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
+from llmkit.reply import Usage
 from llmkit.testing.faults import NO_FAULT
 from llmkit.testing.framing import Framer, around, encoded, split
 from llmkit.testing.generation import generated
@@ -53,6 +54,7 @@ class Exchange:
         self._closed = closed
         self._content: bytes | None = None
         self._generation: Generation | None = None
+        self._made = self._reasoned = 0  # tokens, billed or not
 
     def close(self, state: State) -> None:
         """End it, once; later words are not heard."""
@@ -121,6 +123,11 @@ class Exchange:
     def _document(self) -> dict[str, Any]:
         if not isinstance(self.received.body, dict):
             raise Rejected("We could not parse the JSON body of your request.")
+        repeats = self.received.repeats
+        if repeats is not None and repeats.body != self.received.body:
+            raise Rejected(
+                "Keys for idempotent requests can only be used with the parameters they were first used with."
+            )
         return self.received.body
 
     def _admit(self, ask: Ask) -> None:
@@ -220,7 +227,7 @@ class Exchange:
 
     async def _generate(self, frame: Frame) -> None:
         delay_s = self._token_delay_s()
-        if delay_s and self.received.output_tokens:
+        if delay_s and self._made:
             await self._clock.sleep(delay_s)
         self._bill(1, 1 if frame.reasoning else 0)
 
@@ -282,11 +289,14 @@ class Exchange:
 
     def _bill(self, output_tokens: int, reasoning_tokens: int) -> None:
         received, generation = self.received, self._generation
-        if not received.output_tokens and generation is not None:
+        self._made += output_tokens
+        self._reasoned += reasoning_tokens
+        paid = received.repeats.billed if received.repeats is not None else Usage()
+        if generation is not None and not paid.input_tokens:
             received.input_tokens = generation.ask.input_tokens
             received.cached_input_tokens = generation.cached_tokens
-        received.output_tokens += output_tokens
-        received.reasoning_tokens += reasoning_tokens
+        received.output_tokens = max(0, self._made - paid.output_tokens)
+        received.reasoning_tokens = max(0, self._reasoned - paid.reasoning_tokens)
 
     def _token_delay_s(self) -> float:
         return self._settings.token_delay_s + self._fault.token_delay_s

@@ -13,7 +13,7 @@ import httpx
 
 from llmkit.clock import SystemClock
 from llmkit.reply import Usage
-from llmkit.testing.books import Headers, Received, Settings, added
+from llmkit.testing.books import Answered, Headers, Received, Settings, added
 from llmkit.testing.exchange import Broken, Exchange, parsed
 from llmkit.testing.faults import USAGES, Fault, Script
 from llmkit.testing.wires import ANTHROPIC, CREATED, OPENAI, Rejected, Wire, dumps
@@ -48,6 +48,8 @@ class Simulator(httpx.AsyncBaseTransport):
         keep: how many of the latest requests `requests` holds.
 
     Attributes:
+        idempotent: set it to True, and a repeated ``Idempotency-Key`` is answered again without being billed again, and
+            refused where it comes with another request, as by services that take the header. 10,000 keys are known.
         requests: what arrived, oldest first.
         calls: how many calls arrived, bad ones and failing ones included; lists of models are no calls.
         open: how many are being served now.
@@ -93,6 +95,8 @@ class Simulator(httpx.AsyncBaseTransport):
         self._lock = threading.RLock()
         self._serving: set[Received] = set()
         self._settled = Usage()
+        self.idempotent = False
+        self._answered: dict[str, Answered] = {}
         self._waiting: list[tuple[Callable[[Simulator], bool], concurrent.futures.Future[None]]] = []
 
     def __repr__(self) -> str:
@@ -174,6 +178,7 @@ class Simulator(httpx.AsyncBaseTransport):
             self.open += 1
             received.number = self.calls
             received.fault = self._script.next()
+            received.repeats = self._answered.get(_key_of(received))
             self._serving.add(received)
             self._changed()
         return Exchange(received, wire, self._settings, self._closed)
@@ -184,7 +189,20 @@ class Simulator(httpx.AsyncBaseTransport):
             self.disconnects += received.state == "left"
             self._serving.discard(received)
             self._settled = added([self._settled, received.billed])
+            if self.idempotent and _key_of(received) and (received.repeats or received.billed != Usage()):
+                self._remember(received)
             self._changed()
+
+    def _remember(self, received: Received) -> None:
+        """That this request was answered, or a part of it. The lock is held."""
+        key = _key_of(received)
+        before = self._answered.pop(key, None)
+        if before is None or before.body == received.body:
+            bills = [received.billed] if before is None else [before.billed, received.billed]
+            before = Answered(received.body, added(bills))
+        self._answered[key] = before
+        if len(self._answered) > _MOST_KEYS:
+            del self._answered[next(iter(self._answered))]
 
     def _page(self, received: Received) -> tuple[int, dict[str, Any]]:
         """What is not a call: lists of models, token counts, errors about paths."""
@@ -335,6 +353,11 @@ class _Body(httpx.AsyncByteStream):
 
 
 _PATHS = ("/chat/completions", "/messages")
+_MOST_KEYS = 10_000
+
+
+def _key_of(received: Received) -> str:
+    return received.headers.get("idempotency-key", "")
 
 
 def _wire_of(method: str, path: str) -> Wire | None:

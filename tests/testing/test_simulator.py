@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -568,3 +569,75 @@ def test_importing_it_is_cheap() -> None:
     code = f"import sys, llmkit.testing; print(sorted({heavy} & set(sys.modules)))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+# -- repeats -------------------------------------------------------------------------------------------------------------
+
+
+def asked_with(simulator, key, prompt="Hello there.", *, stream=False):
+    """The status of a request under this ``Idempotency-Key``, and its body; None where it broke."""
+    body = {"model": "m", "messages": [{"role": "user", "content": prompt}], "stream": stream}
+
+    async def main():
+        async with httpx.AsyncClient(transport=simulator, base_url="http://sim/v1") as client:
+            try:
+                response = await client.post("/chat/completions", json=body, headers={"Idempotency-Key": key})
+            except httpx.HTTPError:
+                return None
+            return response.status_code, response.content
+
+    return asyncio.run(main())
+
+
+def idempotent(answer=None, **arguments):
+    simulator = Simulator(answer, **arguments)
+    simulator.idempotent = True
+    return simulator
+
+
+def test_a_repeated_key_is_answered_again_and_not_billed_again() -> None:
+    simulator = idempotent()
+    first = asked_with(simulator, "a")
+    billed = simulator.billed
+    assert billed.output_tokens
+    assert asked_with(simulator, "a") == first
+    assert simulator.billed == billed
+    assert asked_with(simulator, "b")[0] == 200
+    assert simulator.billed.output_tokens == 2 * billed.output_tokens
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_was_lost_on_its_way_is_billed_once(stream) -> None:
+    simulator = idempotent("one two three four", reasoning_tokens=3)
+    simulator.fail(Fault.cut(2))
+    assert asked_with(simulator, "a", stream=stream) is None
+    assert simulator.billed.output_tokens
+    assert asked_with(simulator, "a", stream=stream)[0] == 200
+    assert (simulator.billed.output_tokens, simulator.billed.reasoning_tokens) == (7, 3)
+    once = Simulator("one two three four", reasoning_tokens=3)
+    asked_with(once, "a", stream=stream)
+    assert simulator.billed == once.billed
+
+
+def test_a_key_that_comes_with_another_request_is_refused() -> None:
+    simulator = idempotent()
+    asked_with(simulator, "a")
+    billed = simulator.billed
+    assert asked_with(simulator, "a", "Something else.")[0] == 400
+    assert asked_with(simulator, "a")[0] == 200
+    assert simulator.billed == billed
+
+
+def test_an_error_under_a_key_is_not_kept() -> None:
+    simulator = idempotent()
+    simulator.fail(Fault.status(503))
+    assert asked_with(simulator, "a")[0] == 503
+    assert asked_with(simulator, "a")[0] == 200
+
+
+def test_unless_it_is_told_to_each_request_is_a_new_one() -> None:
+    simulator = Simulator()
+    asked_with(simulator, "a")
+    billed = simulator.billed
+    asked_with(simulator, "a")
+    assert simulator.billed.output_tokens == 2 * billed.output_tokens
