@@ -1,0 +1,1 @@
+"""What several machines share, on one Redis server: accounts, answers, calls in flight, circuits."""
