@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.account import Balance, Hold, HoldRefused, Release, Settle
 from llmkit.errors import StoreError
-from llmkit.state.owner import is_gone
+from llmkit.state.owner import current_owner, is_gone
 from llmkit.state.redis.connection import Script, ServerAway, short
 from llmkit.state.redis.endings import Ending, Endings, Known
 from llmkit.state.store import DuplicateCall
@@ -59,25 +59,35 @@ local function whole(text)
     return number
 end
 
+-- The six counts of an account, and whether there is one; nil where something else stands there.
 local function read(key)
     local found = redis.call('HMGET', P .. 'account:' .. key, unpack(FIELDS))
-    local account = {}
+    local account, there = {}, false
     for i, name in ipairs(FIELDS) do
+        there = there or found[i]
         account[name] = whole(found[i])
         if not account[name] then return nil end
     end
-    return account
+    return account, there
 end
 
-local function write(key, account, keep)
+-- Add what ``change`` says to an account, in the store as well.
+local function add(key, account, change)
     local words = {}
-    for _, name in ipairs(FIELDS) do
-        words[#words + 1] = name
-        words[#words + 1] = int(math.max(0, math.min(LARGEST, account[name])))
+    for name, by in pairs(change) do
+        if by ~= 0 then
+            account[name] = math.max(0, math.min(LARGEST, account[name] + by))
+            words[#words + 1] = name
+            words[#words + 1] = int(account[name])
+        end
     end
+    if #words > 0 then redis.call('HSET', P .. 'account:' .. key, unpack(words)) end
+end
+
+-- An account that is not used for that long is forgotten. An hour more or less is not worth a write.
+local function keep(key, long)
     local name = P .. 'account:' .. key
-    redis.call('HSET', name, unpack(words))
-    if redis.call('PTTL', name) < keep then redis.call('PEXPIRE', name, int(keep)) end
+    if redis.call('PTTL', name) < long - 3600000 then redis.call('PEXPIRE', name, int(long)) end
 end
 
 local function shown(account)
@@ -87,13 +97,11 @@ local function shown(account)
 end
 
 local function hold_of(id)
-    local names = {'state', 'token', 'owner', 'sent', 'accounts', unpack(AMOUNTS)}
-    local found = redis.call('HMGET', P .. 'hold:' .. id, unpack(names))
-    local hold = {id = id}
-    for i, name in ipairs(names) do hold[name] = found[i] end
-    for _, name in ipairs(AMOUNTS) do hold[name] = whole(hold[name]) or 0 end
-    local fine, keys = pcall(cjson.decode, hold.accounts or '[]')
-    hold.keys = {}
+    local found = redis.call('HMGET', P .. 'hold:' .. id, 'state', 'token', 'owner', 'sent', 'accounts', unpack(AMOUNTS))
+    local hold = {id = id, state = found[1], token = found[2], owner = found[3], sent = found[4], keys = {}}
+    for i, name in ipairs(AMOUNTS) do hold[name] = whole(found[5 + i]) or 0 end
+    if not found[5] then return hold end
+    local fine, keys = pcall(cjson.decode, found[5])
     if fine and type(keys) == 'table' then
         for _, key in ipairs(keys) do if type(key) == 'string' then hold.keys[#hold.keys + 1] = key end end
     end
@@ -103,27 +111,25 @@ end
 -- Book on every account of a hold what ``change`` says. With ``known``, only where there is something already.
 local function book(hold, change, known)
     for _, key in ipairs(hold.keys) do
-        if not known or redis.call('EXISTS', P .. 'account:' .. key) == 1 then
-            local account = read(key)
-            if account then
-                for name, by in pairs(change) do account[name] = math.max(0, account[name] + by) end
-                write(key, account, KEPT)
-            end
+        local account, there = read(key)
+        if account and (there or not known) then
+            add(key, account, change)
+            if not there then keep(key, KEPT) end
         end
     end
 end
 
 local function close(hold, state)
     local name = P .. 'hold:' .. hold.id
-    redis.call('HSET', name, 'state', state)
-    for _, amount in ipairs(AMOUNTS) do redis.call('HSET', name, amount, int(hold[amount])) end
+    if state == 'unknown' then
+        redis.call('HSET', name, 'state', state,
+            'booked_nanos', int(hold.booked_nanos), 'booked_tokens', int(hold.booked_tokens),
+            'unknown_nanos', int(hold.unknown_nanos), 'unknown_tokens', int(hold.unknown_tokens))
+    else
+        redis.call('HSET', name, 'state', state)
+    end
     redis.call('PEXPIRE', name, int(state == 'unknown' and KEPT or ENDED))
     redis.call('ZREM', P .. 'leases', hold.id)
-    if hold.owner then
-        local owned = P .. 'owner:' .. hold.owner
-        redis.call('SREM', owned, hold.id)
-        if redis.call('EXISTS', owned) == 0 then redis.call('HDEL', P .. 'owners', hold.owner) end
-    end
 end
 
 -- What was spent, nil where nobody knows it. ``held``: whether the worst case is still held in the accounts.
@@ -180,50 +186,50 @@ _HOLD = Script(
 local id, token, owner, machine, sent, lease = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
 local nanos, tokens, count = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
 reap(50)
-local before = hold_of(id)
-if before.state == 'open' and before.token ~= token then
-    if before.owner ~= owner then return {'taken'} end
-    release(before, 'dropped')  -- asked for before, and the answer was lost
-elseif before.state and before.token == token and before.state ~= 'open' then
+local before = redis.call('HMGET', P .. 'hold:' .. id, 'state', 'token', 'owner')
+local again = before[1] == 'open' and before[2] == token
+if before[1] == 'open' and not again then
+    if before[3] ~= owner then return {'taken'} end
+    release(hold_of(id), 'dropped')  -- asked for before, and the answer was lost
+elseif before[1] and before[2] == token and not again then
     return {'gone'}  -- dropped before it arrived
 end
-local keys, accounts, keep = {}, {}, {}
+local keys, accounts = {}, {}
 for i = 1, count do
     local key, nano_limit, token_limit = ARGV[6 + 4 * i], ARGV[7 + 4 * i], ARGV[8 + 4 * i]
     local account = read(key)
     if not account then return {'garbage', key} end
-    if before.state ~= 'open' or before.token ~= token then
+    if not again then
         local all_nanos = account.settled_nanos + account.held_nanos + nanos
         local all_tokens = account.settled_tokens + account.held_tokens + tokens
         if nano_limit ~= '' and all_nanos > tonumber(nano_limit) then return {'refused', i, 'usd', shown(account)} end
         if token_limit ~= '' and all_tokens > tonumber(token_limit) then return {'refused', i, 'tokens', shown(account)} end
-        account.held_nanos, account.held_tokens = account.held_nanos + nanos, account.held_tokens + tokens
     end
-    keys[i], accounts[i], keep[i] = key, account, tonumber(ARGV[9 + 4 * i])
+    keys[i], accounts[i] = key, account
 end
-local reply = {'held'}
+local reply, change = {'held'}, {held_nanos = nanos, held_tokens = tokens}
 for i, key in ipairs(keys) do
-    write(key, accounts[i], keep[i])
+    if not again then
+        add(key, accounts[i], change)
+        keep(key, tonumber(ARGV[9 + 4 * i]))
+    end
     reply[i + 1] = shown(accounts[i])
 end
-if before.state == 'open' and before.token == token then return reply end
+if again then return reply end
 local name = P .. 'hold:' .. id
-redis.call('DEL', name)
-redis.call('HSET', name, 'state', 'open', 'token', token, 'owner', owner, 'nanos', int(nanos), 'tokens', int(tokens),
-    'sent', sent, 'accounts', count == 0 and '[]' or cjson.encode(keys))
+if before[1] then redis.call('DEL', name) end
+redis.call('HSET', name, 'state', 'open', 'token', token, 'owner', owner, 'machine', machine, 'nanos', int(nanos),
+    'tokens', int(tokens), 'sent', sent, 'accounts', count == 0 and '[]' or cjson.encode(keys))
 redis.call('ZADD', P .. 'leases', int(NOW + lease), id)
-redis.call('SADD', P .. 'owner:' .. owner, id)
-redis.call('HSET', P .. 'owners', owner, machine)
 return reply
 """,
 )
 
 _SENT = Script(
     "note what was sent",
-    _BOOKS
-    + """
-local hold = hold_of(ARGV[1])
-if hold.state ~= 'open' or (ARGV[2] ~= '' and hold.token ~= ARGV[2]) then return 0 end
+    """
+local found = redis.call('HMGET', P .. 'hold:' .. ARGV[1], 'state', 'token')
+if found[1] ~= 'open' or (ARGV[2] ~= '' and found[2] ~= ARGV[2]) then return 0 end
 redis.call('HSET', P .. 'hold:' .. ARGV[1], 'sent', '1')
 return 1
 """,
@@ -277,25 +283,36 @@ return found
 """,
 )
 
+_MOST_OPEN = 5_000  # holds that are looked at for owners that are gone
 _OWNERS = Script(
     "read owners",
+    f"local MOST = {_MOST_OPEN}"
     """
-if redis.call('HLEN', P .. 'owners') > 5000 then return {} end
-return redis.call('HGETALL', P .. 'owners')
+local found, seen = {}, {}
+for _, id in ipairs(redis.call('ZRANGE', P .. 'leases', 0, MOST - 1)) do
+    local hold = redis.call('HMGET', P .. 'hold:' .. id, 'owner', 'machine')
+    if hold[1] and hold[2] == ARGV[1] and not seen[hold[1]] then
+        seen[hold[1]] = true
+        found[#found + 1] = hold[1]
+    end
+end
+return found
 """,
 )
 
 _REAP = Script(
-    "end the holds of an owner that is gone",
-    _BOOKS
-    + """
-local ids = redis.call('SMEMBERS', P .. 'owner:' .. ARGV[1])
-for _, id in ipairs(ids) do
-    local hold = hold_of(id)
-    if hold.owner == ARGV[1] then lapse(id) else redis.call('SREM', P .. 'owner:' .. ARGV[1], id) end
+    "end the holds of owners that are gone",
+    _BOOKS + f"local MOST = {_MOST_OPEN}"
+    """
+local gone, ended = {}, 0
+for _, owner in ipairs(ARGV) do gone[owner] = true end
+for _, id in ipairs(redis.call('ZRANGE', P .. 'leases', 0, MOST - 1)) do
+    if gone[redis.call('HGET', P .. 'hold:' .. id, 'owner') or ''] then
+        lapse(id)
+        ended = ended + 1
+    end
 end
-if redis.call('EXISTS', P .. 'owner:' .. ARGV[1]) == 0 then redis.call('HDEL', P .. 'owners', ARGV[1]) end
-return #ids
+return ended
 """,
 )
 
@@ -410,16 +427,11 @@ class RedisAccounts:
 
     async def _reap(self) -> bool:
         """End the holds of owners on this machine that are gone. Returns whether there were any."""
-        reply = await self._server.run(_OWNERS)
-        words = [each for each in reply if isinstance(each, bytes)] if isinstance(reply, list) else []
-        here = _machine().encode()
-        owners = [owner for owner, machine in zip(words[::2], words[1::2], strict=False) if machine == here]
-        if not owners:
-            return False
-        gone = await asyncio.to_thread(_those_gone, owners)
-        for owner in gone:
-            await self._server.run(_REAP, owner)
-        return bool(gone)
+        reply = await self._server.run(_OWNERS, _machine())
+        here = _text(current_owner())
+        owners = [owner for owner in reply if isinstance(owner, bytes) and owner != here] if reply else []
+        gone = await asyncio.to_thread(_those_gone, owners) if owners else []
+        return bool(gone) and await self._server.run(_REAP, *gone) != 0
 
     async def aclose(self) -> None:
         """Deliver what waits, for a few seconds; the rest is settled by its lease, at the worst case."""

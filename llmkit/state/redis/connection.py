@@ -185,11 +185,16 @@ class Server:
         loop = asyncio.get_running_loop()
         waiting: asyncio.Future[Any] = loop.create_future()
 
+        engine = self.engine
+
         def answered(reply: Any) -> None:
+            if loop is engine.loop:
+                _fill(waiting, reply)
+                return
             with contextlib.suppress(RuntimeError):  # its loop has ended
                 loop.call_soon_threadsafe(_fill, waiting, reply)
 
-        self.engine.submit(lane, _Command(script, arguments, answered))
+        engine.submit(lane, _Command(script, arguments, answered))
         reply = await waiting
         if isinstance(reply, Exception):
             raise reply
@@ -282,7 +287,9 @@ class _Engine:
 
     def submit(self, lane: str, command: _Command) -> None:
         self._inbox.append((lane, command))
-        if not self._called:
+        if threading.current_thread() is self.thread:
+            self._sort()
+        elif not self._called:
             self._called = True
             self._call(self._sort)
 

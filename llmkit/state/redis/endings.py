@@ -18,6 +18,7 @@ __all__ = ["Ending", "Endings", "Known"]
 
 log = logging.getLogger("llmkit")
 
+_LANE = "endings"  # one of their own: no hold waits for them
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 FLUSH_S = 3.0
 TOGETHER = 100  # endings that are delivered at once
@@ -130,7 +131,7 @@ class Endings:
     async def _deliver_some(self) -> bool:
         """Whether the server could be asked. What it could not take stays, in its order."""
         some = [self._queue[i] for i in range(min(TOGETHER, len(self._queue)))]
-        asked = [self._server.run(self._script, *each.words()) for each in some]
+        asked = [self._server.run(self._script, *each.words(), lane=_LANE) for each in some]
         replies = await asyncio.gather(*asked, return_exceptions=True)
         left = []
         for ending, reply in zip(some, replies, strict=True):
