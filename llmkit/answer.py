@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit.models.prices import from_nanos, to_nanos
-from llmkit.reply import Chunk, Head, Reply, Usage
+from llmkit.reply import NOTHING, Chunk, Head, Reply, Usage
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -106,7 +106,7 @@ class Answer(NamedTuple):
         if self.tool_calls:
             head.tool_calls = json.loads(self.tool_calls)
         first = [Chunk(self.text, self.reasoning)] if self.text or self.reasoning else []
-        reply = Reply(call, _NOTHING, head=head, clock=clock, first=first, provider=self.provider, where=where)
+        reply = Reply(call, NOTHING, head=head, clock=clock, first=first, provider=self.provider, where=where)
         reply.usage = self.usage
         return reply
 
@@ -158,19 +158,6 @@ _USAGE = (
     "estimated",
 )
 _GENUINE = frozenset({"provider", "simulated"})
-
-
-class _Nothing:
-    """What is still to come of an answer that is all there."""
-
-    def __aiter__(self) -> _Nothing:
-        return self
-
-    async def __anext__(self) -> list[Chunk]:
-        raise StopAsyncIteration
-
-
-_NOTHING = _Nothing()
 
 
 def _checksum(key: str, body: bytes) -> bytes:

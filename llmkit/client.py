@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import functools
 import os
+import random
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from llmkit.state.shared import Contents, Entries
 
 __all__ = ["AsyncClient", "Client"]
+
+_MOST_TEMPLATES = 256
 
 
 class AsyncClient:
@@ -86,6 +89,7 @@ class AsyncClient:
             self._provider,
         )
         self._model: str | None = None
+        self._templates: dict[str, Call] = {}
         self._arriving: WeakSet[Reply] = WeakSet()
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -122,33 +126,58 @@ class AsyncClient:
         return reply
 
     def _call(self, prompt: Any, stream: bool, options: Options) -> Call:
-        config = self.config
-        model = options.model or self.default_model()
-        timeouts = options.timeouts(config.timeouts)
+        asked: dict[str, Any] = {} if options is Options.of({}) else self._asked(options)
+        common = self._common(options.model or self.default_model())
         started = self.clock.now()
-        cap = options.max_cost_usd
-        return Call(
+        total = asked.get("timeouts", common.timeouts).total
+        return common.to(
             request_id=options.request_id or new_request_id(self.clock),
             messages=messages_from(prompt, options.system),
-            model=model,
-            route=config.route(model),
-            params=options.params(),
             stream=stream,
-            user=options.user,
-            tags=dict(options.tags or {}),
-            timeouts=timeouts,
             started=started,
             started_at=self.clock.time(),
-            deadline=None if timeouts.total is None else started + timeouts.total,
-            max_cost_usd=config.budget.request_usd if cap is None else cap,
-            max_cost_is_default=cap is None and not config.budget.request_usd_set,
-            max_total_tokens=config.budget.request_tokens,
-            degraded_text=config.degraded_text,
-            cache=options.cache or "use",
-            repeat=options.repeat or 0,
-            namespace=_namespace(config.cache.namespace, options),
+            deadline=None if total is None else started + total,
             trail=Trail(listener=options.on_event),
+            **asked,
         )
+
+    def _common(self, model: str) -> Call:
+        """What all calls to ``model`` have in common."""
+        common = self._templates.get(model)
+        if common is None:
+            config = self.config
+            common = Call(
+                request_id="",
+                messages=(),
+                model=model,
+                route=config.route(model),
+                timeouts=config.timeouts,
+                started=0.0,
+                started_at=0.0,
+                max_cost_usd=config.budget.request_usd,
+                max_cost_is_default=not config.budget.request_usd_set,
+                max_total_tokens=config.budget.request_tokens,
+                degraded_text=config.degraded_text,
+                namespace=_namespace(config.cache.namespace, None, {}),
+            )
+            if len(self._templates) < _MOST_TEMPLATES:
+                self._templates[model] = common
+        return common
+
+    def _asked(self, options: Options) -> dict[str, Any]:
+        """What of a call was said with it."""
+        tags = dict(options.tags or {})
+        asked: dict[str, Any] = {
+            "params": options.params(),
+            "user": options.user,
+            "tags": tags,
+            "timeouts": options.timeouts(self.config.timeouts),
+            "cache": options.cache or "use",
+            "repeat": options.repeat or 0,
+            "namespace": _namespace(self.config.cache.namespace, options.user, tags),
+        }
+        cap = options.max_cost_usd
+        return asked if cap is None else {**asked, "max_cost_usd": cap, "max_cost_is_default": False}
 
     def default_model(self) -> str:
         """The model used where none is named; looked for at the first call, then kept."""
@@ -348,19 +377,25 @@ def _entries(config: Config, clock: Clock) -> Entries:
     return open_entries(url, max_bytes=room, clock=clock)
 
 
-def _namespace(setting: str, options: Options) -> str:
-    """Whose answers this call shares."""
+def _namespace(setting: str, user: str | None, tags: Mapping[str, str]) -> str:
+    """Whose answers a call shares."""
     if setting == "shared":
         return ""
     if setting == "user":
-        return f"user:{options.user or ''}"
+        return f"user:{user or ''}"
     name = setting.removeprefix("tag:")
-    return f"tag:{name}={(options.tags or {}).get(name, '')}"
+    return f"tag:{name}={tags.get(name, '')}"
 
 
 def new_request_id(clock: Clock) -> str:
     """32 hexadecimal digits: milliseconds, then chance. Ids that grow with time keep a ledger's pages together."""
-    return f"{int(clock.time() * 1000):012x}{os.urandom(10).hex()}"
+    return f"{int(clock.time() * 1000):012x}{_CHANCE.getrandbits(80):020x}"
+
+
+# Seeded by the system, and apart from the generator that users seed: ids must never repeat. They are no secrets.
+_CHANCE = random.Random()  # noqa: S311
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_CHANCE.seed)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmkit.clock import Clock
     from llmkit.portal import Portal
 
-__all__ = ["Chunk", "Head", "Outcome", "Reply", "Usage", "settled"]
+__all__ = ["NOTHING", "Chunk", "Head", "Outcome", "Reply", "Usage", "settled"]
 
 log = logging.getLogger("llmkit")
 
@@ -73,6 +73,18 @@ class Chunk:
 
 
 Batches = "AsyncIterator[list[Chunk]]"  # chunks come in the groups in which the wire delivered them
+
+
+class _Nothing:
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[Chunk]:
+        raise StopAsyncIteration
+
+
+NOTHING = _Nothing()
+"""The source of a reply that is all there from the beginning."""
 
 
 class Head:
@@ -353,16 +365,17 @@ class Reply:
     def _emptiness(self) -> LLMKitError | None:
         """The error that a well-ended stream without an answer is, if this one is."""
         head = self.head
+        refused = head.refusal or head.finish_reason in {"content_filter", "refusal"}
+        if not refused and (head.tool_calls or any(chunk.text for chunk in self.arrived)):
+            return None
         fields: dict[str, Any] = {
             "provider": self.provider,
             "model": self.model,
             "provider_request_id": head.provider_request_id,
         }
-        if head.refusal or head.finish_reason in {"content_filter", "refusal"}:
+        if refused:
             reason = head.refusal or "stopped by the provider's content filter"
             return Refused(f"{self.provider}:{self.model} refused: {tidy(reason)}", reason=reason, **fields)
-        if head.tool_calls or any(chunk.text for chunk in self.arrived):
-            return None
         reasoning = head.usage.reasoning_tokens if head.usage else None
         message = f"{self.provider}:{self.model} returned no text"
         if reasoning or any(chunk.reasoning for chunk in self.arrived):
@@ -377,20 +390,28 @@ class Reply:
 
     # -- sharing -----------------------------------------------------------------------------------------------------
 
-    def share(self, heard: Callable[[list[Chunk]], object], wanted: Callable[[], bool]) -> None:
-        """Let others follow: ``heard`` gets what has arrived, at once, and each batch as it arrives.
+    def share(self, wanted: Callable[[], bool]) -> None:
+        """Let others follow: while ``wanted()``, a reader who closes it only leaves it."""
+        self._wanted = wanted
 
-        While ``wanted()``, a reader who closes it only leaves it.
+    def read_on(self, heard: Callable[[list[Chunk]], object]) -> None:
+        """Read it in the background from now on, so that it arrives however slow its own reader is.
+
+        ``heard`` gets what has arrived, at once, and each batch as it arrives.
         """
-        self._heard, self._wanted = heard, wanted
+        if self._heard is not None or self.outcome is not None:
+            return
+        self._heard = heard
         if self._chunks:
             heard(list(self._chunks))
-
-    def read_on(self) -> None:
-        """Read it in the background from now on, so that it arrives however slow its readers are."""
-        if self._reading_on is None and self.outcome is None:
+        if not self._ending:
             self._reading_on = self._loop.create_task(self._read_to_the_end())
             _keep(self._reading_on)
+
+    @property
+    def is_read_on(self) -> bool:
+        """Whether what arrives is handed on."""
+        return self._heard is not None
 
     async def _read_to_the_end(self) -> None:
         try:
@@ -404,11 +425,8 @@ class Reply:
 
     def _leave(self) -> bool:
         """Whether others go on with it when its own reader has left it; if so, from now on it is for them alone."""
-        if self._wanted is None or not self._wanted():
-            return False
-        self._left = True
-        self.read_on()
-        return True
+        self._left = self._wanted is not None and self._reading_on is not None and self._wanted()
+        return self._left
 
     @property
     def is_left(self) -> bool:

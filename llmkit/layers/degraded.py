@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmkit.errors import AllModelsFailed, CircuitOpen, LLMKitError, ProviderError, QuotaExhausted
-from llmkit.reply import Chunk, Head, Reply
+from llmkit.reply import NOTHING, Chunk, Head, Reply
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from llmkit.call import Call
     from llmkit.clock import Clock
     from llmkit.pipeline import CallNext
@@ -38,17 +36,10 @@ class Degraded:
         head = Head()
         head.model = "degraded"
         head.finish_reason = "stop"
-        return Reply(
-            call, _nothing(), head=head, clock=self._clock, first=[Chunk(call.degraded_text)], where="degraded"
-        )
+        return Reply(call, NOTHING, head=head, clock=self._clock, first=[Chunk(call.degraded_text)], where="degraded")
 
 
 def _is_outage(error: LLMKitError) -> bool:
     if isinstance(error, AllModelsFailed):
         return any(_is_outage(each) for each in error.errors)
     return isinstance(error, CircuitOpen | QuotaExhausted) or (isinstance(error, ProviderError) and error.transient)
-
-
-async def _nothing() -> AsyncIterator[list[Chunk]]:
-    return
-    yield []  # what makes it an async generator
