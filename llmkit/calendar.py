@@ -51,9 +51,5 @@ def windows(name: str, since: float, until: float, zone: tzinfo) -> Iterator[flo
 
 
 def _begin(midnight: datetime, zone: tzinfo) -> float:
-    at = midnight.replace(tzinfo=zone).timestamp()
-    there = datetime.fromtimestamp(at, zone)
-    if there.replace(tzinfo=None) == midnight:
-        return at
-    # There is no such midnight: the clocks leave it out, by an hour or, once in some places, by a whole day.
-    return at if there.date() >= midnight.date() else at + _HOUR_S
+    # Where the clocks leave midnight out, this is when they jump; where they show it twice, the first time.
+    return midnight.replace(tzinfo=zone).timestamp()

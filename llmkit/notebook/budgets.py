@@ -42,7 +42,8 @@ def in_words(budget: BudgetSettings, cell: object = None) -> str:
 
     Those that hold by default are told from those that somebody set, since they hold for paid models only.
     """
-    own, default = [], []
+    own: list[str] = []
+    default: list[str] = []
     if cell is not None:
         own.append(f"${cell} a cell (as %config says)")
     elif budget.request_usd is not None:
@@ -122,7 +123,7 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([*cells, row[7]]).rstrip()
 
 
-def _row(given: dict[str, Any]) -> _Row:
+def _row(given: Mapping[Any, Any]) -> _Row:
     unit = str(given["unit"])
     values = [_value(given[name], unit) for name in ("limit", "spent", "held", "unknown", "left")]
     return _Row(
