@@ -13,7 +13,7 @@ from llmkit.money import amount, money
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import pandas as pd
 
@@ -125,10 +125,9 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
 
 def _row(given: Mapping[Any, Any]) -> _Row:
     unit = str(given["unit"])
-    values = [_value(given[name], unit) for name in ("limit", "spent", "held", "unknown", "left")]
-    return _Row(
-        tidy(str(given["scope"]), limit=60), *values, f"{float(given['share']):.0%}", resets(given["resets_at"])
-    )
+    limit, spent, held, unknown, left = (_value(given[n], unit) for n in ("limit", "spent", "held", "unknown", "left"))
+    used, scope = f"{float(given['share']):.0%}", tidy(str(given["scope"]), limit=60)
+    return _Row(scope, limit, spent, held, unknown, left, used, resets(given["resets_at"]))
 
 
 def _value(value: Any, unit: str) -> str:
