@@ -30,7 +30,7 @@ ORDER = [
     {"pipeline"},
     {"ledger", "cache"},
     {"answer"},
-    {"rows"},
+    {"budgets", "rows"},
     {"events", "state", "models", "guards"},
     {"flight"},
     {"reply"},

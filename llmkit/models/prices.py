@@ -10,6 +10,7 @@ it ran, audio and video at rates of their own) does not show in the usage, and s
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_CEILING, ROUND_FLOOR, Context, Decimal
@@ -39,6 +40,7 @@ __all__ = [
     "is_known",
     "to_nanos",
     "worst_case",
+    "worst_nanos",
 ]
 
 UNLIMITED = sys.maxsize
@@ -59,10 +61,14 @@ class Cost:
         source: ``config``, ``local``, ``simulated``, or the price table with its version. After it, where it holds,
             ``list price`` (the maker's, because the address is nobody the table knows) and ``service tier unknown``
             (the table has no price for that tier, so it is the standard one).
+        price: what it was made with, USD per million tokens, as JSON; None where nothing is paid.
+        price_date: the day (ISO) up to which the price table knows prices; None where they are not from a table.
     """
 
     usd: Decimal
     source: str
+    price: str | None = None
+    price_date: str | None = None
 
 
 class _Rates(NamedTuple):
@@ -113,11 +119,15 @@ class _Tariff:
     Attributes:
         rates: by size of the request, smallest first.
         most: for each of them, the dearest rates so far, without and with cache writes that must be asked for.
+        texts: for each of them, by ``above``, what `Cost.price` says.
+        date: of the table that they are from.
     """
 
     rates: tuple[_Rates, ...]
     most: tuple[tuple[_Most, ...], tuple[_Most, ...]]
     source: str
+    texts: Mapping[int, str | None]
+    date: str | None = None
 
     def at(self, input_tokens: int) -> _Rates:
         if len(self.rates) == 1:
@@ -129,6 +139,13 @@ class _Tariff:
         if len(most) == 1:
             return most[0]
         return next((rates for rates in reversed(most) if input_tokens > rates.above), most[0])
+
+    def worst(self, input_tokens: int, output_tokens: int, *, cache_writes: bool) -> int | None:
+        """Yoctodollars that a request of up to so many tokens can cost; None where output has no price."""
+        most = self.most_at(input_tokens, cache_writes=cache_writes)
+        if most.output is None and output_tokens > 0:
+            return None
+        return _counted(input_tokens) * most.input + _counted(output_tokens) * (most.output or 0) + most.request
 
 
 def cost(
@@ -146,8 +163,9 @@ def cost(
     tariff = _tariff(endpoint, at, model, service_tier)
     if tariff is None:
         return None
-    yocto = tariff.at(usage.input_tokens).of(usage)
-    return None if yocto is None else Cost(_usd(yocto), tariff.source)
+    rates = tariff.at(usage.input_tokens)
+    yocto = rates.of(usage)
+    return None if yocto is None else Cost(_usd(yocto), tariff.source, tariff.texts[rates.above], tariff.date)
 
 
 def worst_case(
@@ -174,12 +192,23 @@ def worst_case(
         cache_writes: whether the request may ask for a cache to be written, see `asks_for_cache`.
     """
     tariff = _tariff(endpoint, at, None, service_tier)
-    if tariff is None:
-        return None
-    most = tariff.most_at(input_tokens, cache_writes=cache_writes)
-    if most.output is None and output_tokens > 0:
-        return None
-    return _usd(_counted(input_tokens) * most.input + _counted(output_tokens) * (most.output or 0) + most.request)
+    yocto = None if tariff is None else tariff.worst(input_tokens, output_tokens, cache_writes=cache_writes)
+    return None if yocto is None else _usd(yocto)
+
+
+def worst_nanos(
+    endpoint: Endpoint,
+    input_tokens: int,
+    output_tokens: int,
+    *,
+    at: float,
+    service_tier: str | None = None,
+    cache_writes: bool = True,
+) -> int | None:
+    """`worst_case` in whole nano-dollars, rounded up, as a store holds it."""
+    tariff = _tariff(endpoint, at, None, service_tier)
+    yocto = None if tariff is None else tariff.worst(input_tokens, output_tokens, cache_writes=cache_writes)
+    return None if yocto is None else -(-yocto // 10 ** (_YOCTO - 9))
 
 
 def affordable_output(
@@ -288,12 +317,30 @@ def _table_tariff(entry: Entry, at: float, service_tier: str | None, wire: str) 
     prices = entry.prices(at, context if known else None)
     is_free = entry.info.id.endswith(":free") and not vars(prices)  # the table leaves the prices of these empty
     rates = _ZERO if is_free else _table_rates(prices, wire)
-    return _made(rates, ", ".join(source), wire) if rates else None
+    newest = table.newest_price()
+    return _made(rates, ", ".join(source), wire, newest.isoformat() if newest else None) if rates else None
 
 
-def _made(rates: tuple[_Rates, ...], source: str, wire: str) -> _Tariff:
+def _made(rates: tuple[_Rates, ...], source: str, wire: str, date: str | None = None) -> _Tariff:
     unasked = wire != "anthropic"  # OpenAI's newer models write their cache by themselves, and bill it
-    return _Tariff(rates, (_most(rates, unasked, unasked), _most(rates, True, True)), source)
+    texts = {rate.above: _text(rate) for rate in rates}
+    return _Tariff(rates, (_most(rates, unasked, unasked), _most(rates, True, True)), source, texts, date)
+
+
+def _text(rate: _Rates) -> str | None:
+    """The rates as a ledger keeps them; None where nothing is paid. What costs what its kind costs is left out."""
+    if not any(rate[1:]):
+        return None
+    kinds = {
+        "input": rate.input,
+        "cached_input": rate.cached_input if rate.cached_input != rate.input else None,
+        "cache_write": rate.cache_write if rate.cache_write != rate.input else None,
+        "cache_write_1h": rate.cache_write_1h if rate.cache_write_1h != rate.cache_write else None,
+        "output": rate.output,
+        "reasoning": rate.reasoning if rate.reasoning != rate.output else None,
+        "requests": rate.request or None,
+    }
+    return json.dumps({kind: f"{_scaled(yocto, _YOCTO - 6):f}" for kind, yocto in kinds.items() if yocto is not None})
 
 
 def _most(rates: tuple[_Rates, ...], writes: bool, long_writes: bool) -> tuple[_Most, ...]:

@@ -107,6 +107,7 @@ def window(provider: str, base_url: str, model: str) -> int | None:
 def load() -> None:
     """Import the table now (0.15 s)."""
     _sellers()
+    newest_price()
 
 
 def is_loaded() -> bool:

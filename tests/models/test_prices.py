@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import decimal
+import json
 import warnings
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 
 import genai_prices
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmkit.call import Message
 from llmkit.endpoint import Endpoint, Price
-from llmkit.models import prices
+from llmkit.models import prices, table
 from llmkit.reply import Usage
 
 NOVEMBER = datetime(2026, 11, 20, 12, tzinfo=UTC).timestamp()
@@ -168,7 +169,7 @@ def test_a_price_in_the_settings_wins_over_everything():
     expected = Decimal("0.4") * Decimal("0.1") + Decimal("0.5") * Decimal("0.01") + Decimal("0.1") * Decimal("0.2")
     for endpoint in (at("openai", "gpt-4o"), at("vllm", "q", local=True), at("simulator", "s", simulated=True)):
         found = prices.cost(replace(endpoint, price=price), usage, at=NOVEMBER, model="gpt-4o", service_tier="priority")
-        assert found == prices.Cost(expected + Decimal("0.3"), "config")
+        assert (found.usd, found.source) == (expected + Decimal("0.3"), "config")
 
 
 def test_nothing_is_paid_at_home():
@@ -337,3 +338,24 @@ def test_nanos_come_back_as_they_went(nanos):
 def test_a_cost_reads_as_people_write_it():
     assert str(prices.from_nanos(20 * 10**9)) == "20"
     assert str(prices.from_nanos(1_500_000)) == "0.0015"
+
+
+def test_a_cost_says_which_price_it_was_made_with() -> None:
+    own = at(
+        "openai", "gpt-5-mini", price=Price(input=Decimal("0.10"), output=Decimal(2), cached_input=Decimal("0.025"))
+    )
+    found = prices.cost(own, Usage(10, 5), at=NOVEMBER)
+    assert json.loads(found.price) == {"input": "0.1", "cached_input": "0.025", "output": "2"}
+    assert found.price_date is None
+    listed = prices.cost(at("openai", "gpt-5-mini"), Usage(10, 5), at=NOVEMBER)
+    assert set(json.loads(listed.price)) >= {"input", "output"}
+    assert date.fromisoformat(listed.price_date) == table.newest_price()
+    assert prices.cost(at("simulator", "s", simulated=True), Usage(10, 5), at=NOVEMBER).price is None
+
+
+def test_the_worst_case_in_nanos_is_the_worst_case_rounded_up() -> None:
+    for tokens in ((0, 0), (1, 1), (999, 7), (300_000, 128_000)):
+        worst = prices.worst_case(at("openai", "gpt-5-mini"), *tokens, at=NOVEMBER)
+        assert prices.worst_nanos(at("openai", "gpt-5-mini"), *tokens, at=NOVEMBER) == prices.to_nanos(worst)
+    unknown = at("nobody", "no-such-model")
+    assert prices.worst_nanos(unknown, 1, 1, at=NOVEMBER) is None
