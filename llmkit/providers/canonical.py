@@ -11,16 +11,15 @@ Who asks is not part of it: no key, no header that names one.
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from llmkit.call import Call
 from llmkit.errors import LLMKitError
 from llmkit.providers.http import WIRES
 from llmkit.providers.wire import encoded
 
 if TYPE_CHECKING:
-    from llmkit.call import Call
     from llmkit.endpoint import Endpoint
-    from llmkit.providers.wire import Wire
 
 __all__ = ["SCHEMA", "SILENT", "RequestKeys"]
 
@@ -53,39 +52,80 @@ SILENT: dict[str, frozenset[str]] = {
 
 _WHO_ASKS = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie"})
 _MOST_ENDPOINTS = 256
+_MOST_QUESTIONS = 512
+_LONGEST_QUESTION = 20_000  # characters; of longer ones the key is made each time
+_PLAIN = Call.params  # what a call has where nothing was said
 
 
 class RequestKeys:
-    """Makes the keys of requests; remembers what those to one endpoint have in common."""
+    """Makes the keys of requests. Remembers what those to one endpoint have in common, and the keys of the last ones."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Endpoint, Wire, frozenset[str], bytes]] = {}
+        self._known: dict[int, _Endpoint] = {}
 
     def __call__(self, call: Call, endpoint: Endpoint) -> str | None:
         """The key of ``call`` at ``endpoint``, in hexadecimal; None where it cannot be said there, or not in JSON."""
         known = self._known.get(id(endpoint))
-        if known is None or known[0] is not endpoint:
-            known = self._of(endpoint)
-            if known is None:
+        if known is None or known.endpoint is not endpoint:
+            if endpoint.wire not in WIRES:
                 return None
-        _, wire, silent, shared = known
+            if len(self._known) >= _MOST_ENDPOINTS:
+                self._known.clear()
+            known = self._known[id(endpoint)] = _Endpoint(endpoint)
+        question = _question(call)
+        key = known.keys.get(question)
+        if key is None:
+            key = known.key(call)
+            if question is not None and key is not None:
+                if len(known.keys) >= _MOST_QUESTIONS:
+                    known.keys.clear()
+                known.keys[question] = key
+        return key
+
+
+def _question(call: Call) -> Any:
+    """All of the call that its key is made of, as something that compares at once; None where it is not so simple."""
+    params = call.params
+    if params.extra:
+        return None
+    said: list[Any] = [call.namespace, call.repeat]
+    length = 0
+    for message in call.messages:
+        content = message.content
+        if type(content) is not str:
+            return None
+        length += len(content)
+        said += (message.role, content)
+    if length > _LONGEST_QUESTION:
+        return None
+    if params is not _PLAIN:
+        # With the types: 1 and 1.0 are the same to Python, and not to JSON.
+        for value in (params.temperature, params.top_p, params.max_tokens, params.seed):
+            said += (value, type(value))
+        said.append(params.stop)
+    return tuple(said)
+
+
+class _Endpoint:
+    """What all keys at one endpoint have in common, and the last ones by what was asked."""
+
+    __slots__ = ("_shared", "_silent", "_wire", "endpoint", "keys")
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.keys: dict[Any, str] = {}
+        self._wire = WIRES[endpoint.wire]
+        self._silent = SILENT.get(endpoint.wire, frozenset())
+        headers = sorted((n.lower(), value) for n, value in endpoint.headers if n.lower() not in _WHO_ASKS)
+        where = [SCHEMA, endpoint.wire, endpoint.base_url.rstrip("/"), endpoint.simulated, headers]
+        self._shared = encoded(where) + b"\n"
+
+    def key(self, call: Call) -> str | None:
         try:
-            body = wire.body(call, endpoint)
-            said = encoded([(name, body[name]) for name in sorted(body) if name not in silent])
+            body = self._wire.body(call, self.endpoint)
+            said = encoded([(name, body[name]) for name in sorted(body) if name not in self._silent])
         except (ValueError, TypeError, RecursionError, LLMKitError):
             return None
         # The seed counts even where the format cannot say it: who gives two wants two answers.
         which = f"{call.repeat} {call.params.seed} {call.namespace}\n".encode("utf-8", "surrogatepass")
-        return sha256(b"%b%d %b%b" % (shared, len(which), which, said)).hexdigest()
-
-    def _of(self, endpoint: Endpoint) -> tuple[Endpoint, Wire, frozenset[str], bytes] | None:
-        wire = WIRES.get(endpoint.wire)
-        if wire is None:
-            return None
-        headers = sorted((n.lower(), value) for n, value in endpoint.headers if n.lower() not in _WHO_ASKS)
-        where = [SCHEMA, endpoint.wire, endpoint.base_url.rstrip("/"), endpoint.simulated, headers]
-        known = (endpoint, wire, SILENT.get(endpoint.wire, frozenset()), encoded(where) + b"\n")
-        if len(self._known) >= _MOST_ENDPOINTS:
-            self._known.clear()
-        self._known[id(endpoint)] = known
-        return known
+        return sha256(b"%b%d %b%b" % (self._shared, len(which), which, said)).hexdigest()
