@@ -425,7 +425,7 @@ class Reply:
 
     def _leave(self) -> bool:
         """Whether others go on with it when its own reader has left it; if so, from now on it is for them alone."""
-        self._left = self._wanted is not None and self._reading_on is not None and self._wanted()
+        self._left = self._wanted is not None and self._wanted() and self._reading_on is not None
         return self._left
 
     @property
