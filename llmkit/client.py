@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
+from llmkit.alerts import Alerts
 from llmkit.cache import AnswerCache
 from llmkit.call import Call, Message, Trail, messages_from
 from llmkit.clock import Clock, SystemClock
@@ -24,14 +25,17 @@ from llmkit.layers.breaker import Breakers
 from llmkit.ledger import Ledger
 from llmkit.options import Options
 from llmkit.pipeline import Pipeline
+from llmkit.reply import settled
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Generator, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+    from datetime import datetime, tzinfo
     from decimal import Decimal
 
     import httpx
     import pandas as pd
 
+    from llmkit.events import AlertRaised
     from llmkit.portal import Portal
     from llmkit.reply import Reply
     from llmkit.state.shared import Contents, Entries
@@ -49,6 +53,8 @@ class AsyncClient:
         transport: an `httpx.AsyncBaseTransport` to send through, instead of llmkit's own and of the built-in simulator:
             an `httpx.MockTransport`, or a `llmkit.testing.Simulator` with faults to come.
         clock: time, sleep and chance; for tests.
+        on_alert: called with an `llmkit.events.AlertRaised` when spending is unusual (``[alerts]``), on the event loop's
+            thread, so it must not block; one that fails is logged.
         settings: single settings over the config, by their names in the file (``model="…"``, ``timeout={"total": 60}``).
 
     One client serves any number of tasks, threads and event loops.
@@ -60,6 +66,7 @@ class AsyncClient:
         config: Config | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Clock | None = None,
+        on_alert: Callable[[AlertRaised], object] | None = None,
         **settings: Any,
     ) -> None:
         from llmkit.providers.canonical import RequestKeys
@@ -88,6 +95,7 @@ class AsyncClient:
             ),
             self._provider,
         )
+        self._alerts = Alerts(self.config.alerts, self._zone, self._spent_since, self.clock, on_alert)
         self._model: str | None = None
         self._templates: dict[str, Call] = {}
         self._arriving: WeakSet[Reply] = WeakSet()
@@ -120,7 +128,11 @@ class AsyncClient:
         asked = Options.of(options)
         if asked.model is None and self._model is None:
             await asyncio.to_thread(self.default_model)  # it may look for local servers
-        reply = await self._pipeline(self._call(prompt, stream, asked))
+        call = self._call(prompt, stream, asked)
+        waiting = self._pipeline(call)
+        if self._alerts.are_heard(call):
+            waiting = settled(waiting, functools.partial(self._alerts.settled, call))
+        reply = await waiting
         if stream:
             self._arriving.add(reply)
         return reply
@@ -194,6 +206,58 @@ class AsyncClient:
     def attempts(self, request_id: str) -> list[dict[str, Any]]:
         """Every attempt of one call, in order, as the ledger has it."""
         return self.ledger.attempts(request_id)
+
+    def spend(
+        self,
+        by: str | Sequence[str] = "model",
+        since: str | datetime | float | None = None,
+        until: str | datetime | float | None = None,
+    ) -> pd.DataFrame:
+        """What all calls in the ledger have cost, of whatever process, as a DataFrame with one row for each ``by``.
+
+        Args:
+            by: ``model``, ``user``, ``tag``, ``hour``, ``day``, ``week``, ``month``, or a list of some of them. Hours and
+                days are those of ``[budget] timezone``. A call counts once for each of its tags under ``tag``.
+            since, until: ``"7d"`` ago (``"12h"``, ``"30m"`` …), a datetime (a naive one is local time), or epoch
+                seconds; both are taken to the quarter of an hour, and a call is where it started.
+
+        The columns are ``by``, then calls, attempts, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens,
+        cost_usd, saved_usd (by the cache and by calls that shared an answer), unpriced (attempts of unknown cost) and
+        maybe_billed (attempts that nobody saw the end of). Blocks for the time of a query.
+
+        Raises:
+            ConfigError: there is no such key, or no such time.
+            StoreError: the ledger cannot be read.
+        """
+        from llmkit import spending
+
+        now = self.clock.time()
+        began, ended = spending.moment(since, now), spending.moment(until, now, "until")
+        return spending.frame(self.ledger.spend, spending.keys(by), self._zone(), now=now, since=began, until=ended)
+
+    def export(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
+        """Write the whole ledger to a ``.csv``, ``.jsonl`` or ``.parquet`` file; see `llmkit.export.export`.
+
+        Returns how many calls it holds. The file is its owner's alone (0600). Blocks while it is written.
+
+        Raises:
+            ConfigError: another ending; or the file is there already, and ``overwrite`` is not said.
+            StoreError: it cannot be written, or the ledger cannot be read.
+        """
+        from llmkit.export import export
+
+        return export(self.ledger.pages(), path, overwrite=overwrite)
+
+    def _zone(self) -> tzinfo:
+        from llmkit.budgets import zone_of
+
+        return zone_of(self.config.budget.timezone)
+
+    def _spent_since(self, since: float) -> dict[int, int]:
+        spent: dict[int, int] = {}
+        for quarter, nanos in self.ledger.spend(by=("quarter",), sums=("cost_nanos",), since=since):
+            spent[quarter] = spent.get(quarter, 0) + nanos
+        return spent
 
     def breakers(self) -> pd.DataFrame:
         """The circuit of every endpoint used so far: endpoint, base_url, state, failures_in_row, retry_after, last_failure."""
@@ -291,6 +355,19 @@ class Client:
     def attempts(self, request_id: str) -> list[dict[str, Any]]:
         """See `AsyncClient.attempts`."""
         return self._client.attempts(request_id)
+
+    def spend(
+        self,
+        by: str | Sequence[str] = "model",
+        since: str | datetime | float | None = None,
+        until: str | datetime | float | None = None,
+    ) -> pd.DataFrame:
+        """See `AsyncClient.spend`."""
+        return self._client.spend(by, since, until)
+
+    def export(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
+        """See `AsyncClient.export`."""
+        return self._client.export(path, overwrite=overwrite)
 
     def breakers(self) -> pd.DataFrame:
         """See `AsyncClient.breakers`."""

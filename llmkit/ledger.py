@@ -25,7 +25,7 @@ from llmkit.state.owner import current_owner, is_gone
 from llmkit.state.store import AttemptBegun, DuplicateCall, ledger_path, open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from concurrent.futures import Future
 
     import pandas as pd
@@ -112,6 +112,11 @@ class Ledger:
     def location(self) -> str:
         """Where the rows are, for people."""
         return self._ready().location
+
+    @property
+    def database(self) -> Database | None:
+        """The SQLite file that the rows are in, for what else is kept there; None where they are in memory only."""
+        return getattr(self._ready(), "database", None)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -378,6 +383,33 @@ class Ledger:
         millions of dollars. Unknown is NaN or NA, never 0.
         """
         return rows.frame(self.calls(limit, since))
+
+    def spend(self, **asked: Any) -> list[tuple[Any, ...]]:
+        """The sums of spending; see `llmkit.state.store.Store.spend`, whose arguments these are.
+
+        After a fall back to memory one combination may come twice: once of what is on disk, once of what is not.
+        """
+        stores = (self._readable_disk(), self._ready())
+        return [row for store in stores if store is not None for row in store.spend(**asked)]
+
+    def pages(self, size: int = 1000) -> Iterator[list[tuple[Row, list[Row]]]]:
+        """Every call with its attempts, oldest first, ``size`` at a time; those that begin meanwhile are left out.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        store, disk, until = self._ready(), self._readable_disk(), self._clock.time()
+        again = frozenset() if disk is None else frozenset(row["request_id"] for row in store.calls())
+        for each, left_out in ((disk, again), (store, frozenset())):
+            after: tuple[float, str] | None = None
+            while each is not None and (found := each.page(after, size)):
+                last = found[-1][0]
+                after = (last["started"], last["request_id"])
+                page = [(c, a) for c, a in found if c["request_id"] not in left_out and c["started"] <= until]
+                if page:
+                    yield [(rows.call_row(call), [rows.attempt_row(a) for a in made]) for call, made in page]
+                if last["started"] > until:
+                    break
 
     def _sources(self) -> Sequence[Store]:
         """Where rows are: on disk, in memory, and not written yet."""

@@ -21,7 +21,7 @@ ORDER = [
     {"commands"},
     {"notebook", "dashboard", "reports", "bulk", "evals"},
     {"client", "doctor"},
-    {"options"},
+    {"options", "alerts", "export", "spending"},
     {"config", "portal"},
     {"route"},
     {"settings"},
@@ -35,7 +35,7 @@ ORDER = [
     {"flight"},
     {"reply"},
     {"call"},
-    {"calendar", "clock", "account", "endpoint", "environment", "money", "places", "redaction", "shield"},
+    {"calendar", "circuit", "clock", "account", "endpoint", "environment", "money", "places", "redaction", "shield"},
     {"errors"},
 ]
 RANK = {part: rank for rank, parts in enumerate(reversed(ORDER)) for part in parts}

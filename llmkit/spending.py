@@ -1,0 +1,194 @@
+"""What calls cost, by whatever is asked: the ledger's sums as a DataFrame.
+
+The ledger keeps its sums by quarters of an hour, so a ``since`` or ``until`` is as fine as that, and the hours and days
+of every time zone can be made of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from llmkit.calendar import CALENDAR, window, windows
+from llmkit.errors import ConfigError
+from llmkit.money import money
+from llmkit.settings import Rule, nearest
+from llmkit.state.store import QUARTER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import tzinfo
+
+    import pandas as pd
+
+__all__ = ["KEYS", "MEASURES", "asked", "frame", "keys", "moment", "summary"]
+
+KEYS = ("model", "user", "tag", *CALENDAR)
+
+MEASURES = {
+    "calls": "int64",
+    "attempts": "int64",
+    "input_tokens": "int64",
+    "cached_input_tokens": "int64",
+    "output_tokens": "int64",
+    "reasoning_tokens": "int64",
+    "cost_usd": "float64",
+    "saved_usd": "float64",
+    "unpriced": "int64",
+    "maybe_billed": "int64",
+}
+_NANOS = {"cost_usd": "cost_nanos", "saved_usd": "saved_nanos"}
+_SUMMED = tuple(_NANOS.get(name, name) for name in MEASURES)
+_COLUMNS = {"model": "model", "user": "user", "tag": "tags"}
+_COARSE_S = 30 * 86_400
+_AGO = Rule("duration")
+
+
+def keys(by: str | Sequence[str]) -> tuple[str, ...]:
+    """What to sum by, checked.
+
+    Raises:
+        ConfigError: a key that is none, naming the nearest.
+    """
+    wanted = (by,) if isinstance(by, str) else tuple(by)
+    for key in wanted:
+        if key not in KEYS:
+            near = nearest(key, KEYS) if isinstance(key, str) else None
+            hint = f"; did you mean {near}?" if near else f"; there are {', '.join(KEYS)}"
+            raise ConfigError(f"spending cannot be summed by {key!r:.60}{hint}")
+    if not wanted or len(set(wanted)) < len(wanted):
+        raise ConfigError(f"by is one of {', '.join(KEYS)}, or a list of some of them, each once")
+    return wanted
+
+
+def moment(given: Any, now: float, name: str = "since") -> float | None:
+    """A point in time in epoch seconds: ``"7d"`` ago, a datetime (a naive one is local time), epoch seconds, None.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if given is None:
+        return None
+    if isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
+        return float(given)
+    if isinstance(given, datetime):
+        return given.timestamp()
+    try:
+        return now - float(_AGO.read(given))
+    except ValueError:
+        example = f'{name}="7d" (or "12h", "30m", "90s", "2w"), or a datetime'
+        raise ConfigError(f"{name} is a time, not {given!r:.60}", next_step=f"write {example}") from None
+
+
+def frame(
+    spend: Callable[..., list[tuple[Any, ...]]],
+    by: tuple[str, ...],
+    zone: tzinfo,
+    *,
+    now: float,
+    since: float | None = None,
+    until: float | None = None,
+) -> pd.DataFrame:
+    """One row for each combination of ``by`` in which there was a call; the columns are ``by`` and `MEASURES`.
+
+    Args:
+        spend: the ledger's sums, as `llmkit.state.store.Store.spend` gives them.
+        zone: where hours, days, weeks (from Monday) and months begin; a call belongs to the window of its start.
+        now, since, until: in epoch seconds.
+
+    Times are sorted from old to new, all else from dear to cheap. USD are float64, exact to the nano-dollar up to
+    millions. Under ``tag`` a call counts once for each of its tags, so such a column adds up to more than was spent.
+    """
+    import pandas as pd
+
+    times = [key for key in by if key in CALENDAR]
+    columns = [_COLUMNS[key] for key in by if key not in CALENDAR]
+    given: dict[str, Any] = {"since": since, "until": until}
+    if times:
+        begin = _first(spend, now) if since is None else since
+        end = max(now + QUARTER_S, begin) if until is None else until
+        given["windows"] = list(windows(_finest(times), begin, max(begin, end), zone))
+    rows = spend(by=columns, sums=_SUMMED, **given) if not times or len(given["windows"]) > 1 else []
+    table = pd.DataFrame.from_records(rows, columns=[*(["window"] if times else []), *columns, *_SUMMED])
+    for key in times:
+        begins = {at: window(key, at, zone)[0] for at in table["window"].unique()}
+        table[key] = table["window"].map(begins)
+    if "tag" in by:
+        table = _by_tag(table)
+    summed = table.groupby([*by], dropna=False, sort=False, as_index=False)[[*_SUMMED]].sum()
+    return _typed(summed, by, times, zone)
+
+
+def _finest(times: Sequence[str]) -> str:
+    """The window that all of them can be made of."""
+    return "day" if {"week", "month"} <= set(times) else min(times, key=CALENDAR.index)
+
+
+def _first(spend: Callable[..., list[tuple[Any, ...]]], now: float) -> float:
+    """A moment not long before the first call of the ledger."""
+    coarse = [float(at) for at in range(0, int(now) + 2 * _COARSE_S, _COARSE_S)]
+    return min((begin for begin, _ in spend(by=(), sums=("calls",), windows=coarse)), default=now)
+
+
+def _by_tag(table: pd.DataFrame) -> pd.DataFrame:
+    import pandas as pd
+
+    pairs = [(tags, tag) for tags in table["tags"].unique() for tag in _tags(tags)]
+    return table.merge(pd.DataFrame(pairs, columns=["tags", "tag"], dtype="object"), on="tags")
+
+
+def _tags(text: str) -> list[str | None]:
+    return [f"{name}={value}" for name, value in json.loads(text).items()] or [None]
+
+
+def _typed(summed: pd.DataFrame, by: tuple[str, ...], times: Sequence[str], zone: tzinfo) -> pd.DataFrame:
+    import pandas as pd
+
+    kinds: dict[str, Any] = {**{key: "int64" if key in times else "string" for key in by}, **MEASURES}
+    shown = summed.rename(columns={nanos: usd for usd, nanos in _NANOS.items()}).astype(kinds)
+    for name in _NANOS:
+        shown[name] = shown[name] / 1e9
+    for key in times:
+        shown[key] = pd.to_datetime(shown[key], unit="s", utc=True).astype("datetime64[s, UTC]").dt.tz_convert(zone)
+    if "user" in by:
+        shown["user"] = shown["user"].replace("", pd.NA)
+    order = [*times, "cost_usd", "calls"]
+    ascending = [True] * len(times) + [False, False]
+    return shown[[*by, *MEASURES]].sort_values(order, ascending=ascending, ignore_index=True)
+
+
+def asked(words: Sequence[str]) -> tuple[str, str]:
+    """What a report is asked for in words, ``[KEY] [SINCE]``: by day, and since 30 days, where they do not say.
+
+    Raises:
+        ConfigError: words that say something else.
+    """
+    by = [word for word in words if not word[:1].isdigit()]
+    since = [word for word in words if word[:1].isdigit()]
+    if len(by) > 1 or len(since) > 1:
+        raise ConfigError(
+            f"a report of {' '.join(words)!r:.60}?", next_step=f"write {'|'.join(KEYS)}, and how far back: day 7d"
+        )
+    if since:
+        moment(since[0], 0.0)
+    key = keys(by[0])[0] if by else "day"
+    return key, since[0] if since else "1d" if key == "hour" else "30d"
+
+
+def summary(frame: pd.DataFrame, by: str, since: str) -> str:
+    """What stands above such a report."""
+    if frame.empty:
+        return f"no call in the last {since}"
+    if by == "tag":
+        return f"by tag, last {since}; a call counts for each of its tags"
+    calls, unpriced = int(frame["calls"].sum()), int(frame["unpriced"].sum())
+    spent, saved = (round(Decimal(str(frame[name].sum())), 9) for name in ("cost_usd", "saved_usd"))
+    parts = [f"{money(spent)} for {calls:,} call{'' if calls == 1 else 's'}, by {by}, last {since}"]
+    if saved:
+        parts.append(f"{money(saved)} saved by the cache and by calls that shared an answer")
+    if unpriced:
+        parts.append(f"the price of {unpriced:,} attempt{'' if unpriced == 1 else 's'} is unknown")
+    return "; ".join(parts)
