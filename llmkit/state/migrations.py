@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["APPLICATION_ID", "MIGRATIONS"]
+__all__ = ["APPLICATION_ID", "MIGRATIONS", "MOST", "counted"]
 
 APPLICATION_ID = 0x6C6C6D6B  # "llmk", so that a database of something else is not taken for a ledger
 
@@ -82,9 +82,13 @@ _LEDGER = (
 _TOKENS = ("input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens")
 
 
-def _counted(value: str) -> str:
+MOST = 10**15
+"""Nano-dollars or tokens that one attempt can have cost: a million dollars, or more tokens than there are."""
+
+
+def counted(value: str) -> str:
     """Unknown counts nothing; what only a broken or hostile server can have sent is cut, so that no sum overflows."""
-    return f"max(0, min(coalesce({value}, 0), 1000000000000000))"
+    return f"max(0, min(coalesce({value}, 0), {MOST}))"
 
 
 def _of_attempt(row: str) -> dict[str, str]:
@@ -92,8 +96,8 @@ def _of_attempt(row: str) -> dict[str, str]:
     return {
         "model": f"{row}.provider || ':' || {row}.model",
         "attempts": "1",
-        **{column: _counted(f"{row}.{column}") for column in _TOKENS},
-        "cost_nanos": _counted(f"{row}.cost_nanos"),
+        **{column: counted(f"{row}.{column}") for column in _TOKENS},
+        "cost_nanos": counted(f"{row}.cost_nanos"),
         "unpriced": f"{row}.cost_nanos IS NULL",
         "maybe_billed": f"coalesce({row}.maybe_billed, 0) <> 0",
     }
@@ -109,26 +113,34 @@ def _of_call(row: str) -> dict[str, str]:
             {row}.model
         )""",  # noqa: S608 - all names are our own
         "calls": "1",
-        "saved_nanos": _counted(f"{row}.saved_nanos"),
+        "saved_nanos": counted(f"{row}.saved_nanos"),
     }
 
 
-def _added(values: dict[str, str], source: str, sign: str = "+") -> str:
-    """A statement that adds ``values`` to the sums of ``calls``' time, user and tags, for each row of ``source``."""
+def _added(values: dict[str, str], source: str, sign: str = "+") -> tuple[str, str]:
+    """Statements that add ``values`` to the sums of ``calls``' time, user and tags, for each row of ``source``."""
     sums = [name for name in values if name != "model"]
-    return f"""
+    added = ", ".join(f"{sign} ({values[name]})" for name in sums)
+    changed = ", ".join(f"{name} = {name} + excluded.{name}" for name in sums)
+    return (
+        f"""
         INSERT INTO spend (quarter, user, tags, model, {", ".join(sums)})
-        SELECT CAST(calls.started / 900 AS INTEGER), coalesce(calls.user, ''), calls.tags, {values["model"]},
-            {", ".join(f"{sign} ({values[name]})" for name in sums)}
+        SELECT CAST(calls.started / 900 AS INTEGER), coalesce(calls.user, ''), calls.tags, {values["model"]}, {added}
         FROM {source}
-        ON CONFLICT (quarter, model, user, tags) DO UPDATE SET {", ".join(f"{n} = {n} + excluded.{n}" for n in sums)}
-    """  # noqa: S608
+        ON CONFLICT (quarter, model, user, tags) DO UPDATE SET {changed}
+        """,  # noqa: S608 - all names are our own
+        f"""
+        INSERT INTO spend_hours (hour, {", ".join(sums)})
+        SELECT CAST(calls.started / 3600 AS INTEGER), {added} FROM {source}
+        ON CONFLICT (hour) DO UPDATE SET {changed}
+        """,  # noqa: S608
+    )
 
 
 def _kept(table: str, of: Callable[[str], dict[str, str]]) -> tuple[str, ...]:
     source = "calls WHERE calls.request_id = {}.request_id"
-    add = _added(of("NEW"), source.format("NEW"))
-    take = _added(of("OLD"), source.format("OLD"), "-")
+    add = "; ".join(_added(of("NEW"), source.format("NEW")))
+    take = "; ".join(_added(of("OLD"), source.format("OLD"), "-"))
     return (
         f"CREATE TRIGGER {table}_ended AFTER UPDATE ON {table} WHEN NEW.status <> 'in_flight' BEGIN {add}; END",
         f"CREATE TRIGGER {table}_changed AFTER UPDATE ON {table} WHEN OLD.status <> 'in_flight' BEGIN {take}; END",
@@ -136,16 +148,7 @@ def _kept(table: str, of: Callable[[str], dict[str, str]]) -> tuple[str, ...]:
     )
 
 
-_SPEND = (
-    "ALTER TABLE calls ADD COLUMN saved_nanos INTEGER",
-    "ALTER TABLE attempts ADD COLUMN price TEXT",
-    "ALTER TABLE attempts ADD COLUMN price_date TEXT",
-    """
-    CREATE TABLE spend (
-        quarter INTEGER NOT NULL,
-        model TEXT NOT NULL,
-        user TEXT NOT NULL,
-        tags TEXT NOT NULL,
+_SUMS = """
         calls INTEGER NOT NULL DEFAULT 0,
         attempts INTEGER NOT NULL DEFAULT 0,
         input_tokens INTEGER NOT NULL DEFAULT 0,
@@ -156,12 +159,28 @@ _SPEND = (
         cost_nanos INTEGER NOT NULL DEFAULT 0,
         saved_nanos INTEGER NOT NULL DEFAULT 0,
         unpriced INTEGER NOT NULL DEFAULT 0,
-        maybe_billed INTEGER NOT NULL DEFAULT 0,
+        maybe_billed INTEGER NOT NULL DEFAULT 0
+"""
+
+# Of a million calls by many users each may be a row of `spend`, while the hours stay few: a year's days are found in
+# them within 50 ms.
+_SPEND = (
+    "ALTER TABLE calls ADD COLUMN saved_nanos INTEGER",
+    "ALTER TABLE attempts ADD COLUMN price TEXT",
+    "ALTER TABLE attempts ADD COLUMN price_date TEXT",
+    f"""
+    CREATE TABLE spend (
+        quarter INTEGER NOT NULL,
+        model TEXT NOT NULL,
+        user TEXT NOT NULL,
+        tags TEXT NOT NULL,
+        {_SUMS},
         PRIMARY KEY (quarter, model, user, tags)
     ) WITHOUT ROWID
     """,
-    _added(_of_attempt("attempts"), "attempts JOIN calls USING (request_id) WHERE attempts.status <> 'in_flight'"),
-    _added(_of_call("calls"), "calls WHERE calls.status <> 'in_flight'"),
+    f"CREATE TABLE spend_hours (hour INTEGER PRIMARY KEY NOT NULL, {_SUMS})",
+    *_added(_of_attempt("attempts"), "attempts JOIN calls USING (request_id) WHERE attempts.status <> 'in_flight'"),
+    *_added(_of_call("calls"), "calls WHERE calls.status <> 'in_flight'"),
     *_kept("attempts", _of_attempt),
     *_kept("calls", _of_call),
 )
@@ -179,7 +198,10 @@ _ACCOUNTS = (
         held_tokens INTEGER NOT NULL,
         unknown_tokens INTEGER NOT NULL,
         resets_at REAL,
-        touched REAL NOT NULL
+        touched REAL NOT NULL,
+        CHECK (typeof(settled_nanos) = 'integer' AND typeof(held_nanos) = 'integer'
+            AND typeof(unknown_nanos) = 'integer' AND typeof(settled_tokens) = 'integer'
+            AND typeof(held_tokens) = 'integer' AND typeof(unknown_tokens) = 'integer')
     ) WITHOUT ROWID
     """,
     """
@@ -193,7 +215,8 @@ _ACCOUNTS = (
         expires REAL NOT NULL,
         slot INTEGER,
         state TEXT NOT NULL DEFAULT 'held',
-        PRIMARY KEY (request_id, number)
+        PRIMARY KEY (request_id, number),
+        CHECK (typeof(nanos) = 'integer' AND typeof(tokens) = 'integer')
     ) WITHOUT ROWID
     """,
 )

@@ -1,31 +1,46 @@
-"""The store in a SQLite file, shared by threads, kernels and whatever else opens it."""
+"""The store in a SQLite file, shared by threads, kernels and whatever else opens it.
+
+A hold is one statement for all its accounts and one for itself, however large the ledger is: what an account has
+counted stands in its row. Sums of spending are kept by triggers (`llmkit.state.migrations`).
+"""
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
+from llmkit.account import Balance, Hold, Release, Sent, Settle
+from llmkit.errors import StoreError
+from llmkit.state.accounts import KEPT_S, abandon, balance_of, end, hold, purge, select, sent
 from llmkit.state.database import PATIENCE_S, Database
+from llmkit.state.holds import HELD
 from llmkit.state.migrations import APPLICATION_ID, MIGRATIONS
 from llmkit.state.store import (
     ATTEMPT_COLUMNS,
     CALL_COLUMNS,
     LOST_MESSAGE,
+    MOST_SUMS,
+    SPEND_KEYS,
+    SPEND_SUMS,
     AttemptBegun,
     AttemptEnded,
     CallBegun,
     CallEnded,
     DuplicateCall,
     fitting,
+    fitting_account,
     fitting_text,
 )
+from llmkit.state.sums import summing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
-    from llmkit.state.store import Change
+    from llmkit.account import Account
+    from llmkit.state.store import Change, IsGone, WasSent
 
 __all__ = ["SQLiteStore"]
 
@@ -48,6 +63,12 @@ _SQL: dict[type[Change], str] = {
     AttemptEnded: _update("attempts", AttemptEnded, 2),
     CallEnded: _update("calls", CallEnded, 1),
 }
+_ACCOUNTING: dict[type[Change], Callable[[sqlite3.Connection, Any], None]] = {
+    Hold: hold,
+    Sent: sent,
+    Settle: end,
+    Release: end,
+}
 _SELECT_CALLS = f"SELECT {', '.join(CALL_COLUMNS)} FROM calls"  # noqa: S608
 _SELECT_ATTEMPTS = f"SELECT {', '.join(ATTEMPT_COLUMNS)} FROM attempts"  # noqa: S608
 _LOSE_ATTEMPTS = """
@@ -61,6 +82,8 @@ _LOSE_CALLS = """
                       FROM attempts WHERE attempts.request_id = calls.request_id)
     WHERE status = 'in_flight' AND owner = ?
 """
+_HOLDING = f"SELECT owner, min(expires) FROM holds WHERE state = '{HELD}' GROUP BY owner"  # noqa: S608
+_STALE = "SELECT 1 FROM accounts WHERE coalesce(resets_at, touched) < ? LIMIT 1"
 
 
 class SQLiteStore:
@@ -101,7 +124,11 @@ class SQLiteStore:
         execute = connection.execute
         try:
             for change in changes:
-                execute(_SQL[type(change)], tuple(change))  # a plain tuple is bound without a call for each value
+                sql = _SQL.get(type(change))
+                if sql is None:
+                    _ACCOUNTING[type(change)](connection, change)
+                else:
+                    execute(sql, tuple(change))  # a plain tuple is bound without a call for each value
         except sqlite3.IntegrityError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
                 raise
@@ -125,15 +152,61 @@ class SQLiteStore:
         sql = "SELECT owner, max(started) FROM calls WHERE status = 'in_flight' GROUP BY owner"
         return dict(self.database.read(sql))
 
+    def balances(self, accounts: Sequence[Account]) -> list[Balance]:
+        keys = [fitting_text(account.key) for account in accounts]
+        rows = self.database.glance(select(len(keys)), keys) if keys else []
+        known = {row[0]: Balance._make(row) for row in rows}
+        return [
+            known[key] if key in known else balance_of(self.database.read, fitting_account(account))
+            for key, account in zip(keys, accounts, strict=True)
+        ]
+
+    def spend(
+        self,
+        *,
+        by: Sequence[str] = SPEND_KEYS,
+        sums: Sequence[str] = SPEND_SUMS,
+        windows: Sequence[float] | None = None,
+        since: float | None = None,
+        until: float | None = None,
+    ) -> list[tuple[Any, ...]]:
+        sql = f"{summing(by, sums, windows, since, until)} LIMIT {MOST_SUMS + 1}"
+        rows = self.database.read(sql)
+        if len(rows) > MOST_SUMS:
+            message = f"the ledger {self.path} has more than {MOST_SUMS:,} sums for that"
+            raise StoreError(message, next_step="ask for a shorter time, or for sums by less")
+        return rows
+
     # -- endings -----------------------------------------------------------------------------------------------------
 
-    def mark_lost(self, owner: str) -> int:
-        return self.database.run_patiently(lambda connection: _lose(connection, owner))
+    def mark_lost(self, owner: str, was_sent: WasSent | None = None) -> int:
+        return self.database.run_patiently(lambda connection: _lose(connection, owner, was_sent)[0])
+
+    def reap(self, now: float, *, is_gone: IsGone, was_sent: WasSent) -> int:
+        gone, late = [], []
+        for owner, first_expires in self.database.glance(_HOLDING):
+            verdict = is_gone(owner)  # asked before the file is locked: it may take its time
+            if verdict:
+                gone.append(owner)
+            elif verdict is None and first_expires < now:
+                late.append(owner)
+        if not gone and not late and not self.database.glance(_STALE, [now - KEPT_S]):
+            return 0
+
+        def work(connection: sqlite3.Connection) -> int:
+            ended = sum(_lose(connection, owner, was_sent)[1] for owner in gone)
+            ended += sum(abandon(connection, owner, now, was_sent) for owner in late)
+            purge(connection, now)
+            return ended
+
+        return self.database.run_patiently(work)
 
     def close(self) -> None:
         self.database.close()
 
 
-def _lose(connection: sqlite3.Connection, owner: str) -> int:
+def _lose(connection: sqlite3.Connection, owner: str, was_sent: WasSent | None) -> tuple[int, int]:
+    """End all that ``owner`` has begun. Returns how many calls were lost, and how many holds ended."""
+    holds = abandon(connection, owner, math.inf, was_sent)
     connection.execute(_LOSE_ATTEMPTS, [owner])
-    return connection.execute(_LOSE_CALLS, [LOST_MESSAGE, owner]).rowcount
+    return connection.execute(_LOSE_CALLS, [LOST_MESSAGE, owner]).rowcount, holds

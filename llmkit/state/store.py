@@ -36,7 +36,9 @@ __all__ = [
     "Store",
     "data_folder",
     "fitting",
+    "fitting_account",
     "fitting_text",
+    "is_redis",
     "ledger_path",
     "open_store",
 ]
@@ -247,7 +249,7 @@ class Store(Protocol):
         *,
         by: Sequence[str] = SPEND_KEYS,
         sums: Sequence[str] = SPEND_SUMS,
-        windows: Sequence[float] = (),
+        windows: Sequence[float] | None = None,
         since: float | None = None,
         until: float | None = None,
     ) -> list[tuple[Any, ...]]:
@@ -272,10 +274,14 @@ class Store(Protocol):
 def fitting(change: Change) -> Change:
     """The same change with values that every store can hold: 64-bit integers, and text that is valid Unicode."""
     if isinstance(change, Hold):
-        accounts = tuple(Account._make(_fit(value) for value in account) for account in change.accounts)
+        accounts = tuple(fitting_account(account) for account in change.accounts)
         fitted = Hold._make(_fit(value) for value in change._replace(accounts=(), balances=[]))
         return fitted._replace(accounts=accounts, balances=change.balances)  # the list is where the answer goes
     return type(change)._make(_fit(value) for value in change)
+
+
+def fitting_account(account: Account) -> Account:
+    return Account._make(_fit(value) for value in account)
 
 
 def _fit(value: Any) -> Any:
@@ -300,23 +306,30 @@ def data_folder() -> Path:
     return Path(platformdirs.user_data_dir("llmkit", appauthor=False))
 
 
+def is_redis(url: str) -> bool:
+    """Whether ``url`` names a Redis server, where what several machines share is kept."""
+    return url.startswith(("redis://", "rediss://"))
+
+
 def ledger_path(url: str) -> Path | None:
     """The file that ``url`` names; None for ``memory``.
 
-    ``sqlite`` is a file in the user's data folder; ``sqlite:///folder/file`` is that absolute path (``~`` works).
+    ``sqlite`` is a file in the user's data folder; ``sqlite:///folder/file`` is that absolute path (``~`` works). With
+    ``redis://…`` the ledger is the same file: a record is never lost to a network.
 
     Raises:
         ConfigError: anything else.
     """
     if url == "memory":
         return None
-    if url == "sqlite":
+    if url == "sqlite" or is_redis(url):
         return data_folder() / FILE_NAME
-    if url.startswith(("redis://", "rediss://")):
-        raise ConfigError("[state] url: redis is not there yet", next_step='use "sqlite" or "memory"')
     path = Path(url.removeprefix("sqlite:///")).expanduser()
     if not url.startswith("sqlite:///") or "\0" in url or path in {Path(), Path("~")}:
-        raise ConfigError(f'[state] url is "{_shown(url)}"', next_step='use "sqlite", "sqlite:///path" or "memory"')
+        raise ConfigError(
+            f'[state] url is "{_shown(url)}"',
+            next_step='use "sqlite", "sqlite:///path", "memory" or "redis://HOST:PORT/NUMBER"',
+        )
     return path if path.is_absolute() else Path("/") / path
 
 
@@ -340,4 +353,4 @@ def open_store(url: str) -> Store:
         return MemoryStore()
     from llmkit.state.sqlite import SQLiteStore
 
-    return SQLiteStore(path, private_folder=url == "sqlite" and "LLMKIT_DATA_DIR" not in os.environ)
+    return SQLiteStore(path, private_folder=not url.startswith("sqlite:///") and "LLMKIT_DATA_DIR" not in os.environ)
