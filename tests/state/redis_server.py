@@ -100,7 +100,7 @@ class RedisServer:
         for member, _ in self.ask("ZRANGE", "llmkit:{v1}:leases", 0, -1, "WITHSCORES"):
             self.ask("ZINCRBY", "llmkit:{v1}:leases", -seconds * 1000, member)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return sorted(key.decode() for key in self.ask("KEYS", "*"))
 
 

@@ -202,8 +202,8 @@ for i = 1, count do
     if not again then
         local all_nanos = account.settled_nanos + account.held_nanos + nanos
         local all_tokens = account.settled_tokens + account.held_tokens + tokens
-        if nano_limit ~= '' and all_nanos > tonumber(nano_limit) then return {'refused', i, 'usd', shown(account)} end
-        if token_limit ~= '' and all_tokens > tonumber(token_limit) then return {'refused', i, 'tokens', shown(account)} end
+        if nano_limit ~= '' and nanos > 0 and all_nanos > tonumber(nano_limit) then return {'refused', i, 'usd', shown(account)} end
+        if token_limit ~= '' and tokens > 0 and all_tokens > tonumber(token_limit) then return {'refused', i, 'tokens', shown(account)} end
     end
     keys[i], accounts[i] = key, account
 end

@@ -80,7 +80,11 @@ class Endings:
 
     def hurry(self) -> None:
         """The server has just answered: what waits for it need not wait any longer."""
-        if self._queue and self._hurry is not None:
+        if self._queue:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._hurry is not None:
             with contextlib.suppress(RuntimeError):
                 self._server.engine.loop.call_soon_threadsafe(self._hurry.set)
 
@@ -98,6 +102,7 @@ class Endings:
                 self._server.location,
             )
             self._queue.clear()
+            self._wake()
 
     async def _flush(self) -> None:
         if self._hurry is not None:
