@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from llmkit.circuit import CircuitState
 from llmkit.flight import FlightFailed
 
 if TYPE_CHECKING:
@@ -95,21 +96,6 @@ class Flights(Protocol):
     async def aclose(self) -> None: ...
 
 
-class CircuitState(NamedTuple):
-    """A circuit as others should see it. Times are epoch seconds, since clocks of processes differ in all else.
-
-    ``version`` counts the changes; a change is only taken over the version that it was made from.
-    """
-
-    endpoint: str
-    state: str
-    version: int
-    reopens_at: float
-    failures_in_row: int
-    successes: int
-    last_failure: str | None
-
-
 class Circuits(Protocol):
     """The circuits of endpoints, by `llmkit.endpoint.Endpoint.key` joined with spaces. Each method raises `StoreError`."""
 
@@ -121,6 +107,9 @@ class Circuits(Protocol):
         """Store it if the stored version is ``state.version - 1`` (0 where there is none); else return False."""
 
     async def claim_probe(self, endpoint: str, owner: str, until: float, probes: int) -> bool:
-        """One of ``probes`` rights to try a circuit that is half open; it lapses at ``until`` (epoch seconds)."""
+        """One of ``probes`` rights to try a circuit that is half open; it lapses at ``until`` (epoch seconds).
+
+        ``owner`` is the process, a ``#``, and what tells its probes apart. An ``until`` that has passed gives it back.
+        """
 
     async def aclose(self) -> None: ...
