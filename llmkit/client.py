@@ -71,11 +71,15 @@ class AsyncClient:
     ) -> None:
         from llmkit.providers.canonical import RequestKeys
         from llmkit.providers.http import Provider
+        from llmkit.state.circuits import SQLiteCircuits
+        from llmkit.state.owner import current_owner
 
         self.config = Config.load(**settings) if config is None else config.with_(**settings) if settings else config
         self.clock: Clock = clock or SystemClock()
         self.ledger = Ledger.open(self.config.state_url, self.clock)
-        self.circuits = Breakers(self.config.breaker, self.clock)
+        self.circuits = Breakers(
+            self.config.breaker, self.clock, SQLiteCircuits(lambda: self.ledger.database, self.clock), current_owner
+        )
         self.cache = AnswerCache(self.config.cache, self.clock, functools.partial(_entries, self.config, self.clock))
         self._provider = Provider(
             self.clock,
@@ -260,7 +264,10 @@ class AsyncClient:
         return spent
 
     def breakers(self) -> pd.DataFrame:
-        """The circuit of every endpoint used so far: endpoint, base_url, state, failures_in_row, retry_after, last_failure."""
+        """The circuit of every endpoint used so far, and of those that are not closed in another kernel.
+
+        Columns: endpoint, base_url, state, failures_in_row, retry_after, last_failure.
+        """
         import pandas as pd
 
         columns = ["endpoint", "base_url", "state", "failures_in_row", "retry_after", "last_failure"]
@@ -277,6 +284,7 @@ class AsyncClient:
         for reply in list(self._arriving):
             await reply.aclose()
         await self._provider.aclose()
+        await self.circuits.aclose()
         await self.cache.aclose()
         self.ledger.close()
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llmkit.models.prices import Cost
     from llmkit.reply import Outcome
     from llmkit.rows import Row
+    from llmkit.state.database import Database
     from llmkit.state.store import CallBegun, Change, Store
 
 __all__ = ["Ledger"]
@@ -112,6 +113,11 @@ class Ledger:
     def location(self) -> str:
         """Where the rows are, for people."""
         return self._ready().location
+
+    @property
+    def database(self) -> Database | None:
+        """The SQLite file that the rows are in, for what else is kept there; None where they are in memory only."""
+        return getattr(self._ready(), "database", None)
 
     @property
     def database(self) -> Database | None:
