@@ -4,32 +4,41 @@ A sequential call that goes well costs two transactions: call and attempt are on
 what became of both is on disk before the reply is said to have ended. So a process that dies loses at most the calls
 in flight, and those are seen as ``lost`` at the next start, their open attempts as maybe billed.
 
+What is set aside for an attempt (`llmkit.account`) is taken in the transaction that begins the attempt, and settled in
+the one that ends it. Calls that were answered from what was stored cost nothing and are written in groups.
+
 Nothing of a prompt or an answer is kept here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import functools
 import logging
 import os
 import threading
 import weakref
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from llmkit import rows
+from llmkit.account import Hold, HoldRefused, Release, Settle
 from llmkit.errors import StoreError
+from llmkit.state.board import Board, clear_boards, was_sent
 from llmkit.state.owner import current_owner, is_gone
 from llmkit.state.store import AttemptBegun, DuplicateCall, ledger_path, open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
+    from pathlib import Path
 
     import pandas as pd
 
+    from llmkit.account import Account, Accounts, Balance
     from llmkit.call import Attempt, Call, Trail
     from llmkit.clock import Clock
     from llmkit.endpoint import Endpoint
@@ -45,12 +54,38 @@ log = logging.getLogger("llmkit")
 
 SIBLINGS = 8  # with more calls in flight than these, the loop turns often, and what is written waits for its next turn
 A_DAY = 86_400.0  # seconds; whether an owner on another host lives cannot be asked, but no call takes this long
+REAP_S = 1.0  # how often it is looked whether somebody who holds has died
+SERVED = 64  # calls answered from what was stored that are written at once, …
+SERVED_S = 0.05  # … or what there is after so many seconds
+_FREE_SOURCES = frozenset({"cache", "coalesced"})
 
 
 class _Entry:
-    """A call that has not ended: all its changes so far, and how many of them ``store`` has."""
+    """A call that has not ended: all its changes so far, and how many of them ``store`` has.
 
-    __slots__ = ("changes", "ended", "endpoint", "number", "refused", "retries", "store", "trail", "written")
+    Attributes:
+        hold: what is set aside for its attempt under way. ``beginning``: the same while it is being taken.
+        remote: whether it is kept on the server of the accounts.
+        ended: holds that have ended, and how, of which the store does not know yet.
+        pending: done when the store has said whether it takes what begins with a hold.
+    """
+
+    __slots__ = (
+        "beginning",
+        "changes",
+        "ended",
+        "endpoint",
+        "hold",
+        "is_over",
+        "number",
+        "pending",
+        "refused",
+        "remote",
+        "retries",
+        "store",
+        "trail",
+        "written",
+    )
 
     def __init__(self, trail: Trail, begun: CallBegun) -> None:
         self.trail = trail  # kept, so that its id stays its own
@@ -61,7 +96,21 @@ class _Entry:
         self.number = 0
         self.retries = 0
         self.refused = False
-        self.ended = False
+        self.is_over = False
+        self.hold: Hold | None = None
+        self.beginning: Hold | None = None
+        self.remote = False
+        self.ended: list[tuple[Hold, Settle | Release, bool]] = []
+        self.pending: asyncio.Future[None] | None = None
+
+    def without(self, hold: Hold) -> None:
+        """Forget a hold that the store refused, and its ending; of that commit the store has nothing."""
+        name = hold[:2]
+        self.changes = [
+            change for change in self.changes if not isinstance(change, Hold | Settle | Release) or change[:2] != name
+        ]
+        self.ended = [each for each in self.ended if each[0][:2] != name]
+        self.hold = None
 
 
 class Ledger:
@@ -70,16 +119,26 @@ class Ledger:
     The store is opened at the first write or read, off the event loop. Where it cannot be opened or written, the
     ledger goes on in memory and says so in ``notice``: a call is not refused because it cannot be booked on disk, and
     one that was answered never fails for it. The caps of one request do not rest on the ledger, so they hold all the
-    same.
+    same. Budgets that somebody set do: see ``is_strict``.
 
     Attributes:
         url: what the store was asked for.
+        is_strict: says of a hold whether its attempt is refused (`StoreError`) where its accounts cannot be kept as they
+            should be: not on disk, or not on the server of ``accounts``. Else it goes on with accounts of this process.
+        on_held, on_ended: called when a hold has been taken, and when one has ended, on any thread; must not block.
         notice: why the rows of this session will not outlast it; None where they will.
         lost: how many calls were found to be in flight when the process that made them had died.
     """
 
-    def __init__(self, url: str = "sqlite", clock: Clock | None = None, *, store: Store | None = None) -> None:
-        """``store`` is used as it is, instead of the one that ``url`` names.
+    def __init__(
+        self,
+        url: str = "sqlite",
+        clock: Clock | None = None,
+        *,
+        store: Store | None = None,
+        accounts: Accounts | None = None,
+    ) -> None:
+        """``store`` is used as it is, instead of the one that ``url`` names; ``accounts`` instead of those in the store.
 
         Raises:
             ConfigError: ``url`` names no store.
@@ -94,10 +153,19 @@ class Ledger:
         self._store: Store | None = None
         self._given = store
         self._disk: Store | None = None  # the one fallen back from; what it has can perhaps still be read
+        self._disk_is_lost = False
         self._opening = threading.Lock()
         self._falling = threading.Lock()
         self._groups: dict[asyncio.AbstractEventLoop, list[tuple[_Entry, asyncio.Future[None]]]] = {}
         self._open_calls: dict[int, _Entry] = {}  # by the id of the trail, which all copies of a call share
+        self.is_strict: Callable[[Hold], bool] = lambda _: False
+        self.on_held: Callable[[Hold], object] = lambda _: None
+        self.on_ended: Callable[[Hold], object] = lambda _: None
+        self._accounts = accounts
+        self._board = Board(None)
+        self._reaped = float("-inf")
+        self._served: list[_Entry] = []
+        self._serving = threading.Lock()
         _LEDGERS.add(self)
 
     @classmethod
@@ -113,11 +181,6 @@ class Ledger:
     def location(self) -> str:
         """Where the rows are, for people."""
         return self._ready().location
-
-    @property
-    def database(self) -> Database | None:
-        """The SQLite file that the rows are in, for what else is kept there; None where they are in memory only."""
-        return getattr(self._ready(), "database", None)
 
     @property
     def database(self) -> Database | None:
@@ -140,18 +203,89 @@ class Ledger:
         """Remember the call. It is written with its first attempt, or when it ends."""
         self._open_calls[id(call.trail)] = _Entry(call.trail, rows.call_began(call, current_owner()))
 
-    async def attempt_began(self, call: Call, number: int, endpoint: Endpoint, started_at: float) -> None:
+    async def attempt_began(
+        self, call: Call, number: int, endpoint: Endpoint, started_at: float
+    ) -> Callable[[], Awaitable[None] | None] | None:
         """Write that attempt ``number`` is about to be sent (``started_at`` in epoch seconds). It is stored on return.
 
+        ``call.hold`` is taken in the same transaction. Returns what must be called right before the request goes out;
+        None where nobody need know of that.
+
         Raises:
-            StoreError: another call had this ``request_id``. Any other failure makes the ledger go on in memory.
+            HoldRefused: the hold does not fit; nothing of the attempt was written.
+            StoreError: another call had this ``request_id``, or the accounts cannot be kept and `is_strict` of the hold.
+                Any other failure makes the ledger go on in memory.
         """
         entry = self._entry(call)
+        before = entry.retries, entry.endpoint, entry.number, len(entry.changes)
         entry.retries += endpoint.key == entry.endpoint
         entry.endpoint = endpoint.key
         entry.number = number
-        entry.changes.append(rows.attempt_began(call, number, endpoint, started_at))
-        await self._write(entry)
+        if call.hold is None:
+            entry.changes.append(rows.attempt_began(call, number, endpoint, started_at))
+            await self._write(entry)
+            return None
+        try:
+            hold = await self._held(entry, call.hold)
+            entry.changes.append(rows.attempt_began(call, number, endpoint, started_at))
+            if not entry.remote:
+                entry.changes.append(hold)
+            await self._write(entry)
+        except (HoldRefused, StoreError):
+            entry.retries, entry.endpoint, entry.number, length = before
+            del entry.changes[length:]
+            entry.written = min(entry.written, length)
+            self._let_go(entry)
+            raise
+        finally:
+            entry.beginning = None
+        entry.pending = None
+        self.on_held(hold)
+        return self._sending(hold) if entry.remote else functools.partial(self._board.mark, hold.slot)
+
+    async def _held(self, entry: _Entry, asked: Hold) -> Hold:
+        """The hold as it is to be taken: on the server already, or with a slot of the board."""
+        await self.open_store()
+        if self._disk_is_lost and self.is_strict(asked):
+            raise self._refusal()
+        entry.remote = False
+        if self._accounts is not None:
+            hold = asked._replace(slot=0)
+            try:
+                await self._accounts.hold(hold)
+            except StoreError as error:
+                if self.is_strict(asked):
+                    raise
+                self._go_on_alone(error)
+            else:
+                entry.hold, entry.remote = hold, True
+                return hold
+        hold = asked._replace(slot=self._board.take())
+        entry.hold = entry.beginning = hold
+        return hold
+
+    def _let_go(self, entry: _Entry) -> None:
+        """The attempt that the entry's hold was for does not begin."""
+        hold, entry.hold, entry.pending = entry.hold, None, None
+        if hold is not None and entry.remote:
+            assert self._accounts is not None
+            self._accounts.end(Release(hold.request_id, hold.number))
+        elif hold is not None:
+            self._board.free(hold.slot)
+
+    def _sending(self, hold: Hold) -> Callable[[], Awaitable[None]]:
+        accounts = self._accounts
+        assert accounts is not None
+
+        async def sending() -> None:
+            try:
+                await accounts.sent(hold)
+            except StoreError as error:
+                if self.is_strict(hold):
+                    raise
+                self._go_on_alone(error)
+
+        return sending
 
     def attempt_ended(self, call: Call, attempt: Attempt, cost: Cost | None = None) -> None:
         """Remember how an attempt ended; ``cost`` is None where its price is unknown.
@@ -165,18 +299,40 @@ class Ledger:
                 AttemptBegun(call.request_id, attempt.number, attempt.started, attempt.provider, attempt.model, None)
             )
         entry.changes.append(rows.attempt_ended(call.request_id, attempt, cost))
+        if entry.hold is not None and entry.hold.number == attempt.number:
+            self._end_hold(entry, entry.hold, rows.hold_ended(entry.hold, attempt))
         if attempt.status == "failed":  # a pause may follow; after any other end the call's own comes in this turn
             asyncio.get_running_loop().call_soon(self._write_soon, entry, len(entry.changes))
 
+    @staticmethod
+    def _end_hold(entry: _Entry, hold: Hold, ending: Settle | Release) -> None:
+        entry.hold = None
+        entry.ended.append((hold, ending, entry.remote))
+        if not entry.remote:
+            entry.changes.append(ending)
+
     async def call_ended(self, call: Call, outcome: Outcome) -> None:
-        """Write how the call ended, and all that was remembered of it. Never fails."""
+        """Write how the call ended, and all that was remembered of it. Never fails.
+
+        One that was answered from what was stored, without an attempt, is written a little later, with others.
+        """
         entry = self._entry(call)
+        if entry.hold is not None:  # its attempt began, and nobody said how it ended
+            self._end_hold(entry, entry.hold, Settle(call.request_id, entry.hold.number, None, None))
         entry.changes.append(
             rows.call_ended(call, outcome, now=self._clock.now(), attempts=entry.number, retries=entry.retries)
         )
-        entry.ended = True
+        entry.is_over = True
+        reply = outcome.reply
+        if reply is not None and reply.source in _FREE_SOURCES and not entry.number and self._store is not None:
+            self._open_calls.pop(id(call.trail), None)
+            self._write_later(entry)
+            return
+        if entry.pending is not None:
+            await self._known(entry)
         if len(self._open_calls) > SIBLINGS and self._store is not None:
-            await self._write_together(entry)
+            with suppress(StoreError):  # said already
+                await self._write_together(entry)
             return
         try:
             await self._write(entry)
@@ -196,22 +352,41 @@ class Ledger:
         """Bring the entry's changes into the store, and return when they are there."""
         await self.open_store()
         if len(self._open_calls) > SIBLINGS:
-            await self._write_together(entry)
-            if entry.refused:
-                raise DuplicateCall("another call had this request_id")
+            written = self._write_together(entry)
+            if entry.beginning is not None:
+                entry.pending = written
+            await asyncio.shield(written)
             return
         try:
             waiting = self._commit(entry)
             if waiting is not None:
-                await asyncio.shield(asyncio.wrap_future(waiting))
+                landing = asyncio.wrap_future(waiting)
+                if entry.beginning is not None:
+                    entry.pending = landing
+                await asyncio.shield(landing)
         except StoreError as error:
             self._write_failed(entry, error)
             if entry.refused:
                 raise
             self._commit(entry)
 
+    async def _known(self, entry: _Entry) -> None:
+        """Whoever began the attempt was cancelled before the store had answered; now it has."""
+        pending, entry.pending = entry.pending, None
+        assert pending is not None
+        await asyncio.wait([pending])
+        error = None if pending.cancelled() else pending.exception()
+        hold = next((change for change in reversed(entry.changes) if isinstance(change, Hold)), None)
+        if isinstance(error, HoldRefused) and hold is not None:
+            entry.written = min(entry.written, entry.changes.index(hold))
+            entry.without(hold)
+            self._board.free(hold.slot)
+
     def _write_together(self, entry: _Entry) -> asyncio.Future[None]:
-        """Write the entry at the loop's next turn, in one transaction with all others that ask for it until then."""
+        """Write the entry at the loop's next turn, in one transaction with all others that ask for it until then.
+
+        The future fails with what a hold was refused for, or with `StoreError` as `_write` does.
+        """
         loop = asyncio.get_running_loop()
         group = self._groups.get(loop)
         if group is None:
@@ -225,23 +400,28 @@ class Ledger:
         group = self._groups.pop(loop, None)
         if not group:
             return
+        self._write_served()
         entries = list(dict.fromkeys(entry for entry, _ in group))
         before = [entry.written if entry.store is self._store else 0 for entry in entries]
         changes = [change for entry in entries for change in self._take(entry)]
+        ended = [each for entry in entries for each in _ended(entry)]
 
         def landed(waiting: Future[None] | None) -> None:
             if waiting is None or waiting.exception() is None:
-                self._landed(group)
+                self._have_ended(ended)
+                for entry, written in group:
+                    self._landed(entry, written)
                 return
-            for entry, written in zip(entries, before, strict=True):  # one of them spoilt it: each by itself
-                entry.written = written
-                self._write_alone(entry)
-            self._landed(group)
+            for entry, number in zip(entries, before, strict=True):  # one of them spoilt it: each by itself
+                entry.written = number
+            self._have_ended(ended)
+            for entry, written in group:
+                self._write_alone(entry, written)
 
         assert self._store is not None
         try:
             waiting = self._store.commit(changes) if changes else None
-        except StoreError as error:
+        except (HoldRefused, StoreError) as error:
             waiting = concurrent.futures.Future()
             waiting.set_exception(error)
         if waiting is None or waiting.done():
@@ -249,25 +429,62 @@ class Ledger:
         else:
             waiting.add_done_callback(lambda done: loop.call_soon_threadsafe(landed, done))
 
-    def _write_alone(self, entry: _Entry) -> None:
+    def _write_alone(self, entry: _Entry, written: asyncio.Future[None]) -> None:
         try:
-            self._commit(entry)
-        except StoreError as error:
-            self._write_failed(entry, error)
-            self._commit(entry)
+            waiting = self._commit(entry)
+        except (HoldRefused, StoreError) as error:
+            self._wrote_alone(entry, written, error)
+            return
+        if waiting is None:
+            self._landed(entry, written)
+            return
+        loop = written.get_loop()
 
-    def _landed(self, group: list[tuple[_Entry, asyncio.Future[None]]]) -> None:
-        for entry, written in group:
-            if entry.ended:
-                if entry.refused:
-                    log.warning("another call had the request_id of this one; it is not in the ledger")
-                self._open_calls.pop(id(entry.trail), None)
-            if not written.done():
-                written.set_result(None)
+        def done(waiting: Future[None]) -> None:
+            loop.call_soon_threadsafe(self._wrote_alone, entry, written, waiting.exception())
+
+        waiting.add_done_callback(done)
+
+    def _wrote_alone(self, entry: _Entry, written: asyncio.Future[None], error: BaseException | None) -> None:
+        if isinstance(error, StoreError):
+            try:
+                self._write_failed(entry, error)
+                if not entry.refused:
+                    self._commit(entry)
+            except (HoldRefused, StoreError) as second:
+                error = second
+            else:
+                error = error if entry.refused else None
+        self._landed(entry, written, error)
+
+    def _landed(self, entry: _Entry, written: asyncio.Future[None], error: BaseException | None = None) -> None:
+        if entry.is_over:
+            if entry.refused:
+                log.warning("another call had the request_id of this one; it is not in the ledger")
+            self._open_calls.pop(id(entry.trail), None)
+        if written.done():
+            return
+        if error is None:
+            written.set_result(None)
+        else:
+            written.set_exception(error)
+            written.exception()  # whoever waited may have been cancelled, and asyncio would complain of that
+
+    def _have_ended(self, ended: Iterable[tuple[Hold, Settle | Release, bool]]) -> None:
+        """Holds whose ending has been written: elsewhere it is delivered now, and there may be room for others."""
+        for hold, ending, remote in ended:
+            if remote:
+                assert self._accounts is not None
+                self._accounts.end(ending)
+            else:
+                self._board.free(hold.slot)
+            self.on_ended(hold)
 
     def _take(self, entry: _Entry) -> list[Change]:
         """What the store has not got; from now on it counts as handed over."""
         if entry.store is not self._store:  # the first write, or the first since the ledger fell back
+            if entry.store is not None:
+                entry.changes = [_unlimited(c) if c is not entry.beginning else c for c in entry.changes]
             entry.store, entry.written = self._store, 0
         changes = [] if entry.refused else entry.changes[entry.written :]
         entry.written += len(changes)
@@ -275,35 +492,146 @@ class Ledger:
 
     def _commit(self, entry: _Entry) -> Future[None] | None:
         """Hand over what the store has not got, and return what its ``commit`` does."""
+        if self._served:
+            self._write_served()
         store = self._store
         assert store is not None
-        changes = self._take(entry)
+        before = entry.written if entry.store is store else 0
+        changes, ended = self._take(entry), _ended(entry)
         if not changes:
+            self._have_ended(ended)
             return None
-        waiting = store.commit(changes)
-        if waiting is not None:  # whoever waits for it may be cancelled, so its failure is heard here
-            waiting.add_done_callback(functools.partial(self._written_late, entry))
+        try:
+            waiting = store.commit(changes)
+        except BaseException:
+            entry.written = before
+            self._have_ended(ended)
+            raise
+        if waiting is None:
+            self._have_ended(ended)
+        else:  # whoever waits for it may be cancelled, so its failure is heard here
+            waiting.add_done_callback(functools.partial(self._written_late, entry, ended))
         return waiting
 
-    def _written_late(self, entry: _Entry, waiting: Future[None]) -> None:
+    def _written_late(
+        self, entry: _Entry, ended: list[tuple[Hold, Settle | Release, bool]], waiting: Future[None]
+    ) -> None:
+        self._have_ended(ended)
         error = waiting.exception()
         if isinstance(error, StoreError):
-            self._write_failed(entry, error)
+            with suppress(StoreError):
+                self._write_failed(entry, error)
 
     def _write_failed(self, entry: _Entry, error: StoreError) -> None:
+        """Go on in memory.
+
+        Raises:
+            StoreError: not with a hold that is being taken, and that must be kept where others see it.
+        """
         if isinstance(error, DuplicateCall):
             entry.refused = True
-        else:
-            self._fall_back(error)
+            return
+        self._fall_back(error)
+        if entry.beginning is not None and self.is_strict(entry.beginning):
+            raise self._refusal() from error
 
     def _write_soon(self, entry: _Entry, length: int) -> None:
         """Write what an attempt left, if nothing came after it that took it along."""
-        if entry.written >= length or self._store is None:
+        if entry.written >= length or self._store is None or entry.pending is not None:
             return
         try:
             self._commit(entry)
         except StoreError as error:
             self._write_failed(entry, error)
+
+    # -- calls that cost nothing -------------------------------------------------------------------------------------
+
+    def _write_later(self, entry: _Entry) -> None:
+        """With others of its kind: `SERVED` of them, or those of `SERVED_S`, or with whatever is written next."""
+        with self._serving:
+            self._served.append(entry)
+            waiting = len(self._served)
+        if waiting == 1:
+            asyncio.get_running_loop().call_later(SERVED_S, self._write_served)
+        elif waiting >= SERVED:
+            self._write_served()
+
+    def _write_served(self) -> Future[None] | None:
+        with self._serving:
+            entries, self._served = self._served, []
+        if not entries:
+            return None
+        store = self._ready()
+        try:
+            waiting = store.commit([change for entry in entries for change in self._changes_of(entry, store)])
+        except StoreError:
+            self._write_each(entries)
+            return None
+        if waiting is not None:
+            waiting.add_done_callback(lambda done: self._write_each(entries) if done.exception() else None)
+        return waiting
+
+    @staticmethod
+    def _changes_of(entry: _Entry, store: Store) -> list[Change]:
+        entry.store, entry.written = store, len(entry.changes)
+        return entry.changes
+
+    def _write_each(self, entries: list[_Entry]) -> None:
+        """One of them spoilt it for all."""
+        for entry in entries:
+            entry.written = 0
+            try:
+                self._commit(entry)
+            except StoreError as error:
+                self._write_failed(entry, error)
+                if entry.refused:
+                    log.warning("%s; this call is not in the ledger", error)
+                else:
+                    self._commit(entry)
+
+    # -- accounts ----------------------------------------------------------------------------------------------------
+
+    async def balances(self, accounts: Sequence[Account]) -> list[Balance]:
+        """What each account has counted.
+
+        Raises:
+            StoreError: they cannot be read.
+        """
+        if not accounts:
+            return []
+        if self._accounts is not None:
+            return await self._accounts.balances(accounts)
+        return await asyncio.to_thread(self._balances, accounts)
+
+    def _balances(self, accounts: Sequence[Account]) -> list[Balance]:
+        store = self._ready()
+        self._reap(store)
+        return store.balances(accounts)
+
+    async def reap(self) -> None:
+        """End the holds of those who have died. Looks at most once in `REAP_S`; never fails."""
+        if self._accounts is None and self._clock.now() - self._reaped >= REAP_S:
+            await asyncio.to_thread(self._reap, self._ready())
+
+    def _reap(self, store: Store) -> None:
+        self._reaped = self._clock.now()
+        noted = functools.partial(was_sent, self._board.folder)
+        try:
+            store.reap(self._clock.time(), is_gone=is_gone, was_sent=noted)
+        except StoreError as error:
+            log.warning("holds of processes that have died cannot be ended now: %s", error)
+
+    def _go_on_alone(self, error: StoreError) -> None:
+        """The server of the accounts cannot be asked, and that is not to stop anybody."""
+        if self.notice is None:
+            self.notice = f"{error.message}; budgets are those of this machine alone meanwhile"
+            log.warning("%s", self.notice)
+
+    def _refusal(self) -> StoreError:
+        return StoreError(
+            f"nothing was sent, since the budgets that are set could not be kept: {self.notice}",
+            next_step='make the ledger usable, or go on without: on_failure = "continue" in [state]',
+        )
 
     # -- the store ---------------------------------------------------------------------------------------------------
 
@@ -316,7 +644,13 @@ class Ledger:
             if self._store is None:
                 try:
                     store = self._given or open_store(self.url)
-                    self.lost = _mark_lost(store, self._clock.time())
+                    path: Path | None = getattr(store, "path", None)
+                    folder = None if path is None else path.with_name(f"{path.name}.boards")
+                    self.lost = _mark_lost(store, self._clock.time(), folder)
+                    self._board = Board(folder)
+                    self._reap(store)
+                    if folder is not None:
+                        clear_boards(folder, ())
                     self._store = store
                 except StoreError as error:
                     self._fall_back(error)
@@ -327,8 +661,9 @@ class Ledger:
         from llmkit.state.memory import MemoryStore
 
         with self._falling:
-            if self.notice is not None:
+            if self._disk_is_lost:
                 return
+            self._disk_is_lost = True
             how = f" ({error.next_step})" if error.next_step else ""
             self.notice = f"{error.message}; the calls of this session are kept in memory only{how}"
             self._disk, self._store = self._store, MemoryStore()
@@ -338,16 +673,20 @@ class Ledger:
         """Finish what waits, and let go of files and threads. A later write opens them again."""
         for loop in list(self._groups):
             self._flush(loop)
+        self._write_served()
         for each in (self._store, self._disk):
             if each is not None:
                 each.close()
+        self._board.close()
 
     def _start_afresh(self) -> None:
         """In a forked child: the calls in flight are the parent's."""
         self._opening = threading.Lock()
         self._falling = threading.Lock()
+        self._serving = threading.Lock()
         self._open_calls.clear()
         self._groups.clear()
+        self._served = []
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -395,7 +734,7 @@ class Ledger:
 
         After a fall back to memory one combination may come twice: once of what is on disk, once of what is not.
         """
-        stores = (self._readable_disk(), self._ready())
+        stores = (self._readable_disk(), self._written())
         return [row for store in stores if store is not None for row in store.spend(**asked)]
 
     def pages(self, size: int = 1000) -> Iterator[list[tuple[Row, list[Row]]]]:
@@ -404,7 +743,7 @@ class Ledger:
         Raises:
             StoreError: the store cannot be read.
         """
-        store, disk, until = self._ready(), self._readable_disk(), self._clock.time()
+        store, disk, until = self._written(), self._readable_disk(), self._clock.time()
         again = frozenset() if disk is None else frozenset(row["request_id"] for row in store.calls())
         for each, left_out in ((disk, again), (store, frozenset())):
             after: tuple[float, str] | None = None
@@ -421,12 +760,19 @@ class Ledger:
         """Where rows are: on disk, in memory, and not written yet."""
         from llmkit.state.memory import MemoryStore
 
-        store = self._ready()
+        store = self._written()
         in_flight = MemoryStore()
         for entry in list(self._open_calls.values()):
             if not entry.refused:
-                _add(in_flight, list(entry.changes))
+                _add(in_flight, [change for change in entry.changes if not isinstance(change, Hold | Settle | Release)])
         return [each for each in (self._readable_disk(), store, in_flight) if each is not None]
+
+    def _written(self) -> Store:
+        """The store, with what was waiting for others of its kind."""
+        served = self._write_served()
+        if served is not None:
+            concurrent.futures.wait([served])
+        return self._ready()
 
     def _readable_disk(self) -> Store | None:
         """The store that the ledger fell back from, if it can be read."""
@@ -451,13 +797,37 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
 
 
-def _mark_lost(store: Store, now: float) -> int:
+def _at_exit() -> None:
+    for ledger in list(_LEDGERS):
+        if ledger._served:
+            with suppress(Exception):
+                ledger._write_served()
+
+
+atexit.register(_at_exit)
+
+
+def _ended(entry: _Entry) -> list[tuple[Hold, Settle | Release, bool]]:
+    """The holds whose ending is handed over now."""
+    ended, entry.ended = entry.ended, []
+    return ended
+
+
+def _unlimited(change: Change) -> Change:
+    """What has been held and spent is counted in another store, too, whether it fits there or not."""
+    if not isinstance(change, Hold):
+        return change
+    accounts = tuple(each._replace(limit_nanos=None, limit_tokens=None) for each in change.accounts)
+    return change._replace(accounts=accounts, balances=[])
+
+
+def _mark_lost(store: Store, now: float, boards: Path | None) -> int:
     """Calls in flight whose process is gone will not end any more. Returns how many were found."""
     lost = 0
     for owner, newest in store.owners().items():
         gone = is_gone(owner)
         if gone or (gone is None and newest < now - A_DAY):
-            lost += store.mark_lost(owner)
+            lost += store.mark_lost(owner, functools.partial(was_sent, boards))
     return lost
 
 

@@ -10,14 +10,18 @@ import functools
 import json
 from typing import TYPE_CHECKING, Any
 
+from llmkit.account import Release, Settle
 from llmkit.errors import AllModelsFailed, CallRejected, LLMKitError
 from llmkit.models.prices import from_nanos, to_nanos
 from llmkit.reply import Usage
 from llmkit.state.store import AttemptBegun, AttemptEnded, CallBegun, CallEnded
 
 if TYPE_CHECKING:
+    from decimal import Decimal
+
     import pandas as pd
 
+    from llmkit.account import Hold
     from llmkit.call import Attempt, Call
     from llmkit.endpoint import Endpoint
     from llmkit.models.prices import Cost
@@ -33,6 +37,7 @@ __all__ = [
     "call_ended",
     "call_row",
     "frame",
+    "hold_ended",
 ]
 
 Row = dict[str, Any]
@@ -80,8 +85,8 @@ def attempt_ended(request_id: str, attempt: Attempt, cost: Cost | None) -> Attem
         *_tokens(attempt.usage),
         None if attempt.cost_usd is None else to_nanos(attempt.cost_usd),
         None if cost is None else cost.source,
-        None,
-        None,
+        None if cost is None else cost.price,
+        None if cost is None else cost.price_date,
         attempt.latency_s,
         attempt.time_to_first_token_s,
         attempt.http_status,
@@ -95,6 +100,19 @@ def attempt_ended(request_id: str, attempt: Attempt, cost: Cost | None) -> Attem
     )
 
 
+def hold_ended(hold: Hold, attempt: Attempt) -> Settle | Release:
+    """What becomes of the hold of an attempt that has ended.
+
+    Where it may be billed and nobody reported or could count how much, or where the price is unknown, the worst case
+    stays booked as unknown.
+    """
+    name, usage = (hold.request_id, hold.number), attempt.usage
+    if usage is None:
+        return Settle(*name, None, None) if attempt.maybe_billed else Release(*name)
+    nanos = None if attempt.cost_usd is None else to_nanos(attempt.cost_usd)
+    return Settle(*name, nanos, max(0, usage.total_tokens))
+
+
 def call_ended(call: Call, outcome: Outcome, *, now: float, attempts: int, retries: int) -> CallEnded:
     """How a call ended. ``now`` is on `Clock.now`'s scale; ``attempts`` and ``retries`` are how many there were."""
     reply, error, made = outcome.reply, outcome.error, call.trail.attempts
@@ -106,7 +124,7 @@ def call_ended(call: Call, outcome: Outcome, *, now: float, attempts: int, retri
         reply.source if reply is not None else None,
         *_tokens(_summed(made)),
         _summed_nanos(made),
-        None,
+        None if call.trail.saved is None else _nanos(call.trail.saved),
         now - call.started if latency is None else latency,
         reply.time_to_first_token_s if reply is not None else None,
         attempts,
@@ -185,6 +203,11 @@ def _summed_nanos(attempts: list[Attempt]) -> int | None:
             return None
         nanos += to_nanos(attempt.cost_usd)
     return nanos
+
+
+@functools.lru_cache(maxsize=256)
+def _nanos(usd: Decimal) -> int:
+    return to_nanos(usd)
 
 
 def _tags(call: Call) -> str:

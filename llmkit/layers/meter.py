@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from llmkit.account import HoldRefused
 from llmkit.call import Attempt
-from llmkit.errors import LLMKitError, ProviderError
+from llmkit.errors import LLMKitError, ProviderError, StoreError
 from llmkit.events import AttemptEnded, AttemptStarted, emit
 from llmkit.models import prices, tokens
 from llmkit.reply import Head, Outcome, Reply, Usage, settled
@@ -36,16 +37,24 @@ class Meter:
         trail.attempts_begun += 1
         number = trail.attempts_begun
         started_at, started = self._clock.time(), self._clock.now()
-
         trail.sent = False
+        refused = False
 
         async def begun() -> Reply:
-            await self._ledger.attempt_began(call, number, call.endpoint, started_at)
+            nonlocal refused
+            try:
+                sending = await self._ledger.attempt_began(call, number, call.endpoint, started_at)
+            except (HoldRefused, StoreError):
+                refused = True  # it leaves no row, and its number is the next one's
+                trail.attempts_begun -= 1
+                raise
             if trail.listener is not None:
                 emit(call, AttemptStarted(call.request_id, call.endpoint.name, number))
-            return await call_next(call)
+            return await call_next(call if sending is None else call.to(on_send=sending))
 
         async def ended(outcome: Outcome) -> None:
+            if refused:
+                return
             if outcome.status != "complete":
                 await asyncio.sleep(0)  # a closed socket is let go in the loop's next turn; booking must not hold it up
             attempt, cost = await self._booked(call, number, started_at, started, outcome)
