@@ -338,6 +338,10 @@ class MemoryStore:
             rows = [dict(row) for row in self._attempts.get(fitting_text(request_id), {}).values()]
         return sorted(rows, key=lambda row: row["number"])
 
+    def page(self, after: tuple[float, str] | None, limit: int) -> list[tuple[Row, list[Row]]]:
+        calls = [row for row in self.calls() if after is None or (row["started"], row["request_id"]) > after]
+        return [(row, self.attempts(row["request_id"])) for row in calls[:limit]]
+
     def owners(self) -> dict[str, float]:
         newest: dict[str, float] = {}
         with self._lock:

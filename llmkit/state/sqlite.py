@@ -6,6 +6,7 @@ counted stands in its row. Sums of spending are kept by triggers (`llmkit.state.
 
 from __future__ import annotations
 
+import json
 import math
 import sqlite3
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,19 @@ class SQLiteStore:
         return [
             dict(zip(ATTEMPT_COLUMNS, row, strict=True)) for row in self.database.read(sql, [fitting_text(request_id)])
         ]
+
+    def page(self, after: tuple[float, str] | None, limit: int) -> list[tuple[Row, list[Row]]]:
+        begin = (-math.inf, "") if after is None else (after[0], fitting_text(after[1]))
+        order = " WHERE (started, request_id) > (?, ?) ORDER BY started, request_id LIMIT ?"
+        calls = [
+            dict(zip(CALL_COLUMNS, row, strict=True))
+            for row in self.database.read(_SELECT_CALLS + order, [*begin, limit])
+        ]
+        made: dict[str, list[Row]] = {call["request_id"]: [] for call in calls}
+        among = " WHERE request_id IN (SELECT value FROM json_each(?)) ORDER BY request_id, number"
+        for row in self.database.read(_SELECT_ATTEMPTS + among, [json.dumps(list(made))]):
+            made[row[0]].append(dict(zip(ATTEMPT_COLUMNS, row, strict=True)))
+        return [(call, made[call["request_id"]]) for call in calls]
 
     def owners(self) -> dict[str, float]:
         sql = "SELECT owner, max(started) FROM calls WHERE status = 'in_flight' GROUP BY owner"

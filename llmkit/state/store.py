@@ -215,6 +215,15 @@ class Store(Protocol):
             StoreError: it cannot be read.
         """
 
+    def page(self, after: tuple[float, str] | None, limit: int) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """The next ``limit`` calls in the order of their start, each with its attempts, oldest first.
+
+        ``after``: ``started`` and ``request_id`` of the last one of the page before; None for the first page.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+
     def owners(self) -> dict[str, float]:
         """Who has calls in flight, and when the newest of them started (epoch seconds)."""
 

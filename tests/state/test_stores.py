@@ -247,6 +247,24 @@ def test_closing_twice_is_harmless_and_a_later_use_opens_it_again(store):
     assert store.calls()[0]["status"] == "complete"
 
 
+def test_pages_are_in_the_order_of_the_starts_and_hold_every_call_once(store):
+    for number in (3, 1, 2, 5, 4):
+        commit(store, call_begun(f"b{number}", started=1000.0 + number // 2), attempt_begun(f"b{number}"))
+    commit(
+        store, attempt_ended("b3", status="failed"), attempt_begun("b3", 2), attempt_ended("b3", 2), call_ended("b3")
+    )
+    commit(store, call_begun("a", started=1002.0))
+    found, after = [], None
+    while page := store.page(after, 2):
+        assert len(page) <= 2
+        found += page
+        after = (page[-1][0]["started"], page[-1][0]["request_id"])
+    assert [call["request_id"] for call, _ in found] == ["b1", "b2", "b3", "a", "b4", "b5"]
+    attempts = {call["request_id"]: [row["number"] for row in made] for call, made in found}
+    assert attempts == {"b1": [1], "b2": [1], "b3": [1, 2], "a": [], "b4": [1], "b5": [1]}
+    assert found[2] == (store.calls()[2], store.attempts("b3"))
+
+
 def test_memory_is_bounded():
     store = MemoryStore(max_calls=3)
     for number in range(10):
