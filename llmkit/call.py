@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -196,10 +196,11 @@ class Call:
 
     def to(self, **changes: Any) -> Call:
         """A copy with these fields changed; the trail is shared."""
-        if not changes.keys() <= _NAMES:
-            raise TypeError(f"a call has no {', '.join(changes.keys() - _NAMES)}")
+        fields = {**self.__dict__, **changes}
+        if len(fields) != len(self.__dict__):
+            raise TypeError(f"a call has no {', '.join(changes.keys() - self.__dict__.keys())}")
         twin = object.__new__(Call)
-        object.__setattr__(twin, "__dict__", {**self.__dict__, **changes})
+        object.__setattr__(twin, "__dict__", fields)
         return twin
 
     async def sends(self) -> None:
@@ -220,9 +221,6 @@ class Call:
         if self.link is None:
             raise RuntimeError("no link has been chosen yet: this layer stands above the route")
         return self.link.endpoint
-
-
-_NAMES = frozenset(field.name for field in fields(Call))
 
 
 def messages_from(

@@ -84,7 +84,7 @@ class _Nothing:
 
 
 NOTHING = _Nothing()
-"""The source of a reply that is all there from the beginning."""
+"""The source of a reply that is all there, and whole, from the beginning."""
 
 
 class Head:
@@ -104,12 +104,14 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How it ended. ``reply`` is None where it never began."""
+    """How it ended, as hooks are told. ``reply`` is None where it never began, and in a reply's own `Reply.outcome`."""
 
     status: Status
     error: BaseException | None = None
     reply: Reply | None = None
 
+
+_COMPLETE = Outcome("complete")
 
 Hook = "Callable[[Outcome], Awaitable[None]]"
 
@@ -136,6 +138,18 @@ class Reply:
         outcome: None while it is arriving.
     """
 
+    # What most replies never change costs nothing here.
+    outcome: Outcome | None = None
+    usage: Usage | None = None
+    cut: str | None = None
+    latency_s: float | None = None
+    _arrived: list[Chunk] | None = None
+    _reader: asyncio.Task[Any] | None = None
+    _aborting = False
+    _ending = False
+    _text: str | None = None
+    _portal: Portal | None = None
+
     def __init__(
         self,
         call: Call,
@@ -152,28 +166,18 @@ class Reply:
         self.head = head
         self.provider = provider
         self.source = where
-        self.outcome: Outcome | None = None
-        self.usage: Usage | None = None
-        self.cut: str | None = None
-        self.latency_s: float | None = None
         self.time_to_first_token_s: float | None = clock.now() - call.started
         self._clock = clock
         self._batches = source
         self._close = close
         self._chunks: list[Chunk] = first or []
-        self._arrived: list[Chunk] | None = None
         self._hooks: list[Callable[[Outcome], Awaitable[None]]] = []
-        self._reader: asyncio.Task[Any] | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self._heard: Callable[[list[Chunk]], object] | None = None
         self._wanted: Callable[[], bool] | None = None
         self._reading_on: asyncio.Task[None] | None = None
         self._left = False
-        self._aborting = False
-        self._ending = False
-        self._text: str | None = None
         self._loop = asyncio.get_running_loop()
-        self._portal: Portal | None = None
 
     # -- what it says ------------------------------------------------------------------------------------------------
 
@@ -465,7 +469,7 @@ class Reply:
         if self.outcome is None:
             self._hooks.append(hook)
         else:
-            await _run(hook, self.outcome)
+            await _run(hook, Outcome(self.outcome.status, self.outcome.error, self))
 
     def fail_soon(self, error: LLMKitError) -> None:
         """End it with ``error`` although nobody reads; for a layer that finds out between two reads."""
@@ -494,7 +498,8 @@ class Reply:
         if isinstance(outcome.error, LLMKitError):
             outcome.error.spent = self.cost_usd
         self._hooks.clear()
-        self.outcome = outcome
+        # Without the reply: a ring of the two would wait for the garbage collector, whose time every call would pay.
+        self.outcome = _COMPLETE if outcome.status == "complete" else Outcome(outcome.status, outcome.error)
         self._wake()
 
     def __del__(self) -> None:
