@@ -433,6 +433,7 @@ class Breakers:
 
     async def aclose(self) -> None:
         """Share what has not been shared, and let go of the store."""
+        self._away_until = -math.inf  # perhaps it is there again
         for circuit in list(self._named.values()):
             if circuit.unshared:
                 await self._asking(self._share(circuit))
