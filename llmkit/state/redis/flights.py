@@ -35,6 +35,7 @@ RENEW_S = 3.0
 LOOK_S = 0.1  # for followers
 POLL_S = 0.03  # a follower asks for more
 LONGEST_POLL_S = 0.25  # when nothing has come for a while
+RELEASE_S = 0.25  # no call waits longer for its end to be known
 LEFT_S = 10.0  # what was published, and a failure, stay so long after the end
 MOST_BYTES = 4 * 2**20  # of one call that are handed on
 PIECE_BYTES = 64 * 2**10
@@ -129,7 +130,7 @@ class RedisFlights:
         try:
             claimed = await self._server.run(_CLAIM, flight.key, flight.token, _ms(LEASE_S), lane=_LANE)
         except asyncio.CancelledError:
-            self._end(flight, None)
+            self._end(flight)
             raise
         except StoreError as error:
             self._warn(error)
@@ -169,7 +170,7 @@ class RedisFlights:
 
     async def aclose(self) -> None:
         for flight in list(self._calls.values()):
-            self._end(flight, None)
+            self._end(flight)
         await self._server.leave(self)
 
     # -- what claims ask for -----------------------------------------------------------------------------------------
@@ -180,10 +181,17 @@ class RedisFlights:
             with contextlib.suppress(StoreError):
                 self._server.post(_PUBLISH, flight.key, flight.token, _ms(600), *batches, lane=_LANE)
 
-    def _end(self, flight: _Flight, failure: str | None) -> None:
+    def _end(self, flight: _Flight) -> None:
+        self._calls.pop(flight.token, None)
+        self._server.post(_RELEASE, flight.key, flight.token, _ms(LEFT_S), lane=_LANE)
+
+    async def _release(self, flight: _Flight, failure: str | None) -> None:
+        """The same, and wait a moment for it: whoever asks next is to find the key free."""
         self._calls.pop(flight.token, None)
         words = () if failure is None else (failure[:MOST_FAILURE].encode("utf-8", "backslashreplace"),)
-        self._server.post(_RELEASE, flight.key, flight.token, _ms(LEFT_S), *words, lane=_LANE)
+        with contextlib.suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(RELEASE_S):
+                await self._server.run(_RELEASE, flight.key, flight.token, _ms(LEFT_S), *words, lane=_LANE)
 
     def _warn(self, error: StoreError) -> None:
         if not self._warned:
@@ -288,7 +296,7 @@ class RedisClaim:
     def __init__(self, flights: RedisFlights, flight: _Flight) -> None:
         self._flights = flights
         self._flight = flight
-        self._drop = weakref.finalize(self, flights._end, flight, None)
+        self._drop = weakref.finalize(self, flights._end, flight)
         self._drop.atexit = False
 
     @property
@@ -304,7 +312,7 @@ class RedisClaim:
         if self._drop.detach() is not None:
             if self._flight.followed:
                 self._flights._publish(self._flight)
-            self._flights._end(self._flight, failure)
+            await self._flights._release(self._flight, failure)
 
 
 def _pieces(batch: Any) -> list[tuple[str, str]]:
