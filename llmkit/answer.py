@@ -10,6 +10,7 @@ import json
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmkit.compact import encoded, scan
 from llmkit.models.prices import from_nanos, to_nanos
 from llmkit.reply import NOTHING, Chunk, Head, Reply, Usage
 
@@ -37,8 +38,6 @@ _MOST_TOOL_CALLS = 128
 _MOST_TOKENS = 10**12
 _MOST_NANOS = 10**18
 _LATEST = 1e12  # epoch seconds
-
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class Unreadable(ValueError):
@@ -92,7 +91,7 @@ class Answer(NamedTuple):
             reply.provider,
             head.finish_reason or "",
             reply.usage or head.usage,
-            _encode(head.tool_calls) if head.tool_calls else "",
+            encoded(head.tool_calls).decode() if head.tool_calls else "",
             attempts[-1].cost_usd if attempts else None,
             created,
         )
@@ -113,19 +112,18 @@ class Answer(NamedTuple):
     def stored(self, key: str) -> bytes:
         """Its stored form under ``key``."""
         usage, cost = self.usage, self.cost
-        body = _encode(
-            {
-                "text": self.text,
-                "reasoning": self.reasoning,
-                "model": self.model,
-                "provider": self.provider,
-                "finish_reason": self.finish_reason,
-                "usage": None if usage is None else [getattr(usage, name) for name in _USAGE],
-                "tool_calls": self.tool_calls,
-                "cost_nanos": None if cost is None else to_nanos(cost),
-                "created": float(self.created),
-            }
-        ).encode("utf-8", "replace")
+        fields = {
+            "text": self.text,
+            "reasoning": self.reasoning,
+            "model": self.model,
+            "provider": self.provider,
+            "finish_reason": self.finish_reason,
+            "usage": None if usage is None else _counts(usage),
+            "tool_calls": self.tool_calls,
+            "cost_nanos": None if cost is None else to_nanos(cost),
+            "created": float(self.created),
+        }
+        body = encoded(fields)
         return b"%b%b\n%b" % (_VERSION, _checksum(key, body), body)
 
     @classmethod
@@ -143,20 +141,11 @@ class Answer(NamedTuple):
         if stored[len(_VERSION) : _HEAD - 1] != _checksum(key, body):
             raise Unreadable("its checksum does not fit")
         try:
-            return cls(*_checked(json.loads(body)))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            return _checked(scan(body.decode(), 0)[0])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, StopIteration) as error:
             raise Unreadable(f"a field is missing or of the wrong kind ({type(error).__name__})") from None
 
 
-_USAGE = (
-    "input_tokens",
-    "output_tokens",
-    "cached_input_tokens",
-    "cache_write_tokens",
-    "cache_write_1h_tokens",
-    "reasoning_tokens",
-    "estimated",
-)
 _GENUINE = frozenset({"provider", "simulated"})
 
 
@@ -165,63 +154,62 @@ def _checksum(key: str, body: bytes) -> bytes:
     return sha256(b"%b\n%b" % (key.encode("utf-8", "replace"), body)).hexdigest().encode()
 
 
-def _checked(fields: Any) -> tuple[Any, ...]:
-    """The fields of an `Answer`, each of its kind and within its bounds; raises whatever comes handy."""
-    if type(fields) is not dict:
-        raise TypeError
+def _checked(fields: Any) -> Answer:
+    """An `Answer` of fields, each of its kind and within its bounds; raises whatever comes handy."""
     text, reasoning, tool_calls = fields["text"], fields["reasoning"], fields["tool_calls"]
-    for each in (text, reasoning, tool_calls):
-        if type(each) is not str:
-            raise TypeError
-        each.encode()  # half a surrogate pair is no text: printing it would fail
-    created = fields["created"]
-    if type(created) is not float or not 0 <= created < _LATEST:
-        raise ValueError
+    if type(text) is not str or type(reasoning) is not str or type(tool_calls) is not str:
+        raise TypeError
+    text.encode()  # half a surrogate pair is no text: printing it would fail
+    if reasoning:
+        reasoning.encode()
     if tool_calls:
         _check_tool_calls(json.loads(tool_calls))
     elif not text:
         raise ValueError
-    finish_reason = _name(fields["finish_reason"])
-    if finish_reason.lower() not in FINISHED:
+    model, provider, finish_reason = fields["model"], fields["provider"], fields["finish_reason"]
+    if not (
+        _is_name(model) and _is_name(provider) and type(finish_reason) is str and finish_reason.lower() in FINISHED
+    ):
         raise ValueError
-    nanos = fields["cost_nanos"]
-    return (
-        text,
-        reasoning,
-        _name(fields["model"]),
-        _name(fields["provider"]),
-        finish_reason,
-        _usage(fields["usage"]),
-        tool_calls,
-        None if nanos is None else from_nanos(_whole(nanos, _MOST_NANOS)),
-        created,
-    )
+    nanos, created = fields["cost_nanos"], fields["created"]
+    if type(created) is not float or not 0 <= created < _LATEST:
+        raise ValueError
+    if nanos is None:
+        cost = None
+    elif type(nanos) is int and 0 <= nanos <= _MOST_NANOS:
+        cost = from_nanos(nanos)
+    else:
+        raise ValueError
+    return Answer(text, reasoning, model, provider, finish_reason, _usage(fields["usage"]), tool_calls, cost, created)
 
 
 def _is_name(value: Any) -> bool:
     return type(value) is str and len(value) <= _LONGEST_NAME and value.isprintable()
 
 
-def _name(value: Any) -> str:
-    if not _is_name(value):
-        raise ValueError
-    return str(value)
+def _counts(usage: Usage) -> list[Any]:
+    return [
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cached_input_tokens,
+        usage.cache_write_tokens,
+        usage.cache_write_1h_tokens,
+        usage.reasoning_tokens,
+        usage.estimated,
+    ]
 
 
-def _whole(value: Any, most: int) -> int:
-    if type(value) is not int or not 0 <= value <= most:
-        raise ValueError
-    return value
-
-
-def _usage(values: Any) -> Usage | None:
-    if values is None:
+def _usage(counts: Any) -> Usage | None:
+    """What `_counts` made of it."""
+    if counts is None:
         return None
-    *counts, estimated = values
-    if len(counts) != len(_USAGE) - 1 or type(estimated) is not bool:
-        raise ValueError
-    fields: dict[str, Any] = dict(zip(_USAGE, [_whole(count, _MOST_TOKENS) for count in counts], strict=False))
-    return Usage(**fields, estimated=estimated)
+    told, given, cached, written, written_1h, reasoning, estimated = counts
+    for number in (told, given, cached, written, written_1h, reasoning):
+        if type(number) is not int or not 0 <= number <= _MOST_TOKENS:
+            raise ValueError
+    if type(estimated) is not bool:
+        raise TypeError
+    return Usage(told, given, cached, written, written_1h, reasoning, estimated)
 
 
 def _check_tool_calls(calls: Any) -> None:
@@ -233,5 +221,5 @@ def _check_tool_calls(calls: Any) -> None:
         function = call["function"]
         if function.keys() != {"name", "arguments"} or type(function["arguments"]) is not str:
             raise ValueError
-        _name(call["id"])
-        _name(function["name"])
+        if not _is_name(call["id"]) or not _is_name(function["name"]):
+            raise ValueError

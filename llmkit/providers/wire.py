@@ -10,9 +10,9 @@ import re
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from llmkit.compact import encoded, scan
 
+if TYPE_CHECKING:
     from llmkit.call import Call
     from llmkit.endpoint import Endpoint
     from llmkit.reply import Chunk, Head
@@ -124,37 +124,6 @@ class Wire(Protocol):
         """A reader for one reply."""
 
 
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-# What the encoder makes anew for each document, made once: half the cost of a short one.
-_pieces: Callable[[Any, int], tuple[str, ...]] = (
-    json.encoder.c_make_encoder(  # type: ignore[attr-defined]
-        None,
-        _encoder.default,
-        json.encoder.encode_basestring,
-        None,
-        ":",
-        ",",
-        False,
-        False,
-        False,  # type: ignore[attr-defined]
-    )
-    if json.encoder.c_make_encoder  # type: ignore[attr-defined]
-    else lambda body, _: (_encoder.encode(body),)
-)
-_scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
-
-
-def encoded(body: Any) -> bytes:
-    """Compact JSON.
-
-    Raises:
-        ValueError, TypeError, RecursionError: for what JSON cannot say: NaN, sets, cycles.
-    """
-    return "".join(_pieces(body, 0)).encode(
-        "utf-8", "replace"
-    )  # "replace": a lone surrogate is a question mark, not a crash
-
-
 # Every escape, so that none is taken for a part of another; the group is half of a surrogate pair, which no text can
 # hold that is to be printed or stored.
 _ESCAPE = re.compile(
@@ -172,7 +141,7 @@ def parsed(payload: bytes) -> Any:
     if "\\ud" in text or "\\uD" in text:
         text = _ESCAPE.sub(_whole, text)
     try:
-        document, end = _scan(text, 0)
+        document, end = scan(text, 0)
         if end == len(text):
             return document
     except StopIteration:

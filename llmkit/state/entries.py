@@ -14,7 +14,7 @@ import sqlite3
 import threading
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.errors import StoreError
 from llmkit.state.database import Database
@@ -33,10 +33,14 @@ __all__ = ["APPLICATION_ID", "MIGRATIONS", "MemoryEntries", "SQLiteEntries", "ca
 
 log = logging.getLogger("llmkit")
 
+T = TypeVar("T")
+
 APPLICATION_ID = 0x6C6C6D63  # "llmc"
 
-# The triggers keep the sums whatever changes a row, in the same transaction. ``value`` stands last: what is asked of
-# the other columns alone does not read it.
+# An answer that is stored is three pages of the log, and each of them costs as much as all the rest: hence no index but
+# the key's. Rows stand in the order in which they were last used, since one that was used is moved to the end when it
+# matters. The triggers keep the sums whatever changes a row, in the same transaction. ``value`` stands last: what is
+# asked of the other columns alone does not read it.
 _CACHE = (
     """
     CREATE TABLE entries (
@@ -44,21 +48,14 @@ _CACHE = (
         namespace TEXT NOT NULL,
         size INTEGER NOT NULL,
         expires REAL,
-        used REAL NOT NULL,
         value BLOB NOT NULL
     )
     """,
-    "CREATE INDEX entries_used ON entries (used)",
-    "CREATE INDEX entries_expires ON entries (expires) WHERE expires IS NOT NULL",
     "CREATE TABLE sums (entries INTEGER NOT NULL, size INTEGER NOT NULL, generation INTEGER NOT NULL)",
     "INSERT INTO sums VALUES (0, 0, 0)",
     """
     CREATE TRIGGER entry_made AFTER INSERT ON entries
     BEGIN UPDATE sums SET entries = entries + 1, size = size + NEW.size; END
-    """,
-    """
-    CREATE TRIGGER entry_replaced AFTER UPDATE OF size ON entries
-    BEGIN UPDATE sums SET size = size - OLD.size + NEW.size; END
     """,
     """
     CREATE TRIGGER entry_gone AFTER DELETE ON entries
@@ -67,18 +64,21 @@ _CACHE = (
 )
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_CACHE,)
 
+_SETTINGS = (
+    "PRAGMA secure_delete = ON",  # what is deleted is overwritten
+    "PRAGMA recursive_triggers = ON",  # what is replaced is deleted, for the sums
+)
 _GET = "SELECT value, expires FROM entries WHERE key = ?"
-_PUT = """
-    INSERT INTO entries (key, namespace, size, expires, used, value) VALUES (?, ?, ?, ?, ?, ?)
-    ON CONFLICT (key) DO UPDATE SET namespace = excluded.namespace, size = excluded.size, expires = excluded.expires,
-        used = excluded.used, value = excluded.value
-"""
+_PUT = "REPLACE INTO entries (key, namespace, size, expires, value) VALUES (?, ?, ?, ?, ?)"
+_MOVE = "UPDATE entries SET rowid = (SELECT max(rowid) + 1 FROM entries) WHERE key = ?"
+_SWEEP = "DELETE FROM entries WHERE rowid IN (SELECT rowid FROM entries ORDER BY rowid LIMIT ?) AND expires <= ?"
 _RENEW = "UPDATE sums SET generation = generation + 1"
 
 PATIENCE_S = 2.0  # an answer is not worth a longer wait
-_MOST_TOUCHED = 512  # entries of which it is not yet written that they were used
+_MOST_USED = 4_096  # entries of which it is remembered, and not yet written, that they were used
 _ROWS_A_CHECKPOINT = 1_000  # answers are long
-_PUTS_A_SWEEP = 64  # after so many, what has expired is removed
+_PUTS_A_SWEEP = 64  # after so many, the oldest rows are looked through for those that have expired
+_ROWS_A_SWEEP = 256
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}  # the last: a table is not there
 
 
@@ -173,8 +173,8 @@ class MemoryEntries:
 class SQLiteEntries:
     """Entries in the SQLite file ``path``, shared by every process that opens it.
 
-    Looking up and storing happen on the caller's thread: a few µs, and no lock to wait for. That an entry was used is
-    written with the next one that is stored, so a hit writes nothing.
+    Looking up and storing happen on the caller's thread: a few µs, and no lock to wait for. A hit writes nothing: that
+    an entry was used is written with the next one that is stored, and only in a store that fills up.
 
     Args:
         max_bytes: of all values together; the file is a little larger.
@@ -196,9 +196,9 @@ class SQLiteEntries:
         self._path = path
         self._max_bytes = max_bytes
         self._clock = clock
-        self._touched: dict[str, float] = {}
+        self._used: dict[str, None] = {}  # the last one used at the end
         self._puts = 0
-        self._groups: dict[asyncio.AbstractEventLoop, list[tuple[Work[Any], asyncio.Future[None]]]] = {}
+        self._groups: dict[asyncio.AbstractEventLoop, list[tuple[Work[Any], asyncio.Future[Any]]]] = {}
         self._mending = threading.Lock()
         self._open: Callable[[], Database] = partial(
             Database,
@@ -209,7 +209,7 @@ class SQLiteEntries:
             private_folder=private_folder,
             patience_s=patience_s,
             changes_a_checkpoint=_ROWS_A_CHECKPOINT,
-            settings=("PRAGMA secure_delete = ON",),  # what is deleted is overwritten
+            settings=_SETTINGS,
         )
         try:
             self._database = self._open()
@@ -229,46 +229,47 @@ class SQLiteEntries:
         if not rows:
             return None
         value, expires = rows[0]
-        now = self._clock.time()
-        if type(value) is not bytes or not (expires is None or (type(expires) is float and expires > now)):
+        if type(value) is not bytes or not (
+            expires is None or (type(expires) is float and expires > self._clock.time())
+        ):
             return None
-        self._touched[key] = now
-        if len(self._touched) >= _MOST_TOUCHED:
-            await self._run(self._noting_use(_nothing))
+        used = self._used
+        used.pop(key, None)
+        used[key] = None
+        if len(used) > _MOST_USED:
+            self._used = {}  # in a store that is nowhere near full, where nobody needs to know
         return value, expires
 
     async def put(self, key: str, value: bytes, *, namespace: str, expires: float | None) -> None:
-        if len(value) > self._max_bytes:
+        size = len(value)
+        if size > self._max_bytes:
             await self.delete(key)
             return
-        now = self._clock.time()
-        row = (key, fitting_text(namespace), len(value), None if expires is None else float(expires), now, value)
+        row = (key, fitting_text(namespace), size, None if expires is None else float(expires), value)
         self._puts += 1
-        sweep = self._puts % _PUTS_A_SWEEP == 1
+        now = self._clock.time() if self._puts % _PUTS_A_SWEEP == 1 else None
+        used = list(self._used)
 
-        def work(connection: sqlite3.Connection) -> None:
-            connection.execute(_PUT, row)
-            if sweep:
-                connection.execute("DELETE FROM entries WHERE expires <= ?", (now,))
-            size = connection.execute("SELECT size FROM sums").fetchone()[0]
-            if size > self._max_bytes:
-                _evict(connection, size - self._max_bytes, key)
+        def work(connection: sqlite3.Connection) -> bool:
+            execute = connection.execute
+            execute(_PUT, row)
+            if now is not None:
+                execute(_SWEEP, (_ROWS_A_SWEEP, now))
+            total = execute("SELECT size FROM sums").fetchone()[0]
+            if total <= self._max_bytes // 2:
+                return False
+            if used:
+                connection.executemany(_MOVE, [(each,) for each in (*used, key)])
+            if total > self._max_bytes:
+                _evict(connection, total - self._max_bytes)
+            return True
 
-        await self._run_with_others(self._noting_use(work) if self._touched else work)
+        if await self._run_with_others(work):
+            for each in used:
+                self._used.pop(each, None)
 
     async def delete(self, key: str) -> None:
         await self._run(lambda connection: connection.execute("DELETE FROM entries WHERE key = ?", (key,)))
-
-    def _noting_use(self, work: Work[None]) -> Work[None]:
-        """``work``, and writing down first what was used since the last time."""
-        touched, self._touched = self._touched, {}
-
-        def both(connection: sqlite3.Connection) -> None:
-            rows = [(used, key) for key, used in touched.items()]
-            connection.executemany("UPDATE entries SET used = ? WHERE key = ?", rows)
-            work(connection)
-
-        return both
 
     # -- all entries -------------------------------------------------------------------------------------------------
 
@@ -302,9 +303,6 @@ class SQLiteEntries:
         return Contents(*rows[0])
 
     async def aclose(self) -> None:
-        if self._touched:
-            with contextlib.suppress(StoreError):
-                await self._run(self._noting_use(_nothing))
         await asyncio.to_thread(self._database.close)
 
     # -- the file ----------------------------------------------------------------------------------------------------
@@ -316,18 +314,18 @@ class SQLiteEntries:
             await self._mend(error)
             return await _done(self._database.run(work))
 
-    async def _run_with_others(self, work: Work[None]) -> None:
+    async def _run_with_others(self, work: Work[T]) -> T:
         """Do it now; but with all others that come in the same turn of the loop in one transaction, if there are any."""
         loop = asyncio.get_running_loop()
         group = self._groups.get(loop)
         if group is not None:
-            done: asyncio.Future[None] = loop.create_future()
+            done: asyncio.Future[T] = loop.create_future()
             group.append((work, done))
-            await done
-            return
+            return await done
         self._groups[loop] = []
         loop.call_soon(self._flush, loop)
-        await self._run(work)
+        ended: T = await self._run(work)
+        return ended
 
     def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
         group = self._groups.pop(loop)
@@ -336,21 +334,21 @@ class SQLiteEntries:
             _FLUSHING.add(task)  # a loop keeps only weak references to its tasks
             task.add_done_callback(_FLUSHING.discard)
 
-    async def _run_group(self, group: list[tuple[Work[Any], asyncio.Future[None]]]) -> None:
-        def work(connection: sqlite3.Connection) -> None:
-            for each, _ in group:
-                each(connection)
+    async def _run_group(self, group: list[tuple[Work[Any], asyncio.Future[Any]]]) -> None:
+        def work(connection: sqlite3.Connection) -> list[Any]:
+            return [each(connection) for each, _ in group]
 
         failure: BaseException | None = None
+        ends: list[Any] = []
         try:
-            await self._run(work)
+            ends = await self._run(work)
         except BaseException as error:  # noqa: BLE001 - whoever waits for it must hear of it
             failure = error
-        for _, done in group:
+        for index, (_, done) in enumerate(group):
             if done.done():  # whoever waited was cancelled
                 continue
             if failure is None:
-                done.set_result(None)
+                done.set_result(ends[index])
             else:
                 done.set_exception(failure)
 
@@ -381,26 +379,21 @@ class SQLiteEntries:
 _FLUSHING: set[asyncio.Task[None]] = set()
 
 
-def _nothing(_: sqlite3.Connection) -> None:
-    """No work beside what is noted."""
-
-
 async def _done(result: Any) -> Any:
     return await asyncio.shield(asyncio.wrap_future(result)) if isinstance(result, Future) else result
 
 
-def _evict(connection: sqlite3.Connection, excess: int, kept: str) -> None:
-    """Remove the least recently used, until ``excess`` bytes are gone."""
+def _evict(connection: sqlite3.Connection, excess: int) -> None:
+    """Remove the first rows, until ``excess`` bytes are gone."""
     while excess > 0:
-        sql = "SELECT rowid, size FROM entries WHERE key != ? ORDER BY used, rowid LIMIT 64"
-        rows = connection.execute(sql, (kept,)).fetchall()
-        if not rows:
-            return
+        rows = connection.execute("SELECT rowid, size FROM entries ORDER BY rowid LIMIT 64").fetchall()
         for rowid, size in rows:
             connection.execute("DELETE FROM entries WHERE rowid = ?", (rowid,))
             excess -= size
             if excess <= 0:
                 return
+        if not rows:
+            return
 
 
 def _clear(namespace: str | None, connection: sqlite3.Connection) -> int:
