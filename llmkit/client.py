@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 from llmkit.alerts import Alerts
+from llmkit.budgets import Budgets
 from llmkit.cache import AnswerCache
 from llmkit.call import Call, Message, Trail, messages_from
 from llmkit.clock import Clock, SystemClock
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from llmkit.events import AlertRaised
     from llmkit.portal import Portal
     from llmkit.reply import Reply
-    from llmkit.state.shared import Contents, Entries
+    from llmkit.state.shared import Circuits, Contents, Entries
+    from llmkit.state.sharing import Shared
 
 __all__ = ["AsyncClient", "Client"]
 
@@ -73,14 +75,25 @@ class AsyncClient:
         from llmkit.providers.http import Provider
         from llmkit.state.circuits import SQLiteCircuits
         from llmkit.state.owner import current_owner
+        from llmkit.state.sharing import open_shared
 
         self.config = Config.load(**settings) if config is None else config.with_(**settings) if settings else config
         self.clock: Clock = clock or SystemClock()
-        self.ledger = Ledger.open(self.config.state_url, self.clock)
-        self.circuits = Breakers(
-            self.config.breaker, self.clock, SQLiteCircuits(lambda: self.ledger.database, self.clock), current_owner
+        self._shared = shared = open_shared(self.config.state_url, self.clock, self.config.environ)
+        if shared is None:
+            self.ledger = Ledger.open(self.config.state_url, self.clock)
+        self._budgets = Budgets(self.config.budget)
+        self.ledger.on_held, self.ledger.on_ended = self._budgets.held, self._budgets.ended
+        if self.config.state_on_failure == "refuse":
+            self.ledger.is_strict = self._budgets.is_set
+            circuits: Circuits = SQLiteCircuits(lambda: self.ledger.database, self.clock)
+        else:
+            self.ledger = Ledger("sqlite", self.clock, accounts=shared.accounts)
+            circuits = shared.circuits
+        self.circuits = Breakers(self.config.breaker, self.clock, circuits, current_owner)
+        self.cache = AnswerCache(
+            self.config.cache, self.clock, functools.partial(_entries, self.config, self.clock, shared)
         )
-        self.cache = AnswerCache(self.config.cache, self.clock, functools.partial(_entries, self.config, self.clock))
         self._provider = Provider(
             self.clock,
             transport=transport,
@@ -94,6 +107,7 @@ class AsyncClient:
                 clock=self.clock,
                 ledger=self.ledger,
                 breakers=self.circuits,
+                budgets=self._budgets,
                 answers=self.cache,
                 key_of=RequestKeys(),
             ),
@@ -237,7 +251,7 @@ class AsyncClient:
 
         now = self.clock.time()
         began, ended = spending.moment(since, now), spending.moment(until, now, "until")
-        return spending.frame(self.ledger.spend, spending.keys(by), self._zone(), now=now, since=began, until=ended)
+        return spending.frame(self.ledger, spending.keys(by), self._zone(), now=now, since=began, until=ended)
 
     def export(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
         """Write the whole ledger to a ``.csv``, ``.jsonl`` or ``.parquet`` file; see `llmkit.export.export`.
@@ -251,6 +265,29 @@ class AsyncClient:
         from llmkit.export import export
 
         return export(self.ledger.pages(), path, overwrite=overwrite)
+
+    async def budgets(self) -> pd.DataFrame:
+        """Every limit in force and how far it is used; see `llmkit.budgets.Budgets.frame` for the columns.
+
+        Limits of ``*`` are written out for each user, tag or model seen in their window.
+
+        Raises:
+            StoreError: the accounts cannot be read.
+        """
+        return await self._budgets.frame(self.ledger, self.clock.time())
+
+    def set_budgets(self, **tables: Any) -> None:
+        """Change limits, from the next attempt on: ``set_budgets(day={"usd": 2}, session={"usd": "off"})``.
+
+        The tables are those of ``[budget]``; what they do not name stays as it is. What has been spent counts.
+
+        Raises:
+            ConfigError: a wrong key or value, as in the file; then nothing is changed.
+        """
+        config = self.config.with_(budget=tables)
+        self.config = config
+        self._templates = {}
+        self._budgets.use(config.budget)
 
     def _zone(self) -> tzinfo:
         from llmkit.budgets import zone_of
@@ -287,6 +324,8 @@ class AsyncClient:
         await self.circuits.aclose()
         await self.cache.aclose()
         self.ledger.close()
+        if self._shared is not None:
+            await self._shared.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -377,6 +416,14 @@ class Client:
         """See `AsyncClient.export`."""
         return self._client.export(path, overwrite=overwrite)
 
+    def budgets(self) -> pd.DataFrame:
+        """See `AsyncClient.budgets`."""
+        return self._portal.run(self._client.budgets())
+
+    def set_budgets(self, **tables: Any) -> None:
+        """See `AsyncClient.set_budgets`."""
+        self._client.set_budgets(**tables)
+
     def breakers(self) -> pd.DataFrame:
         """See `AsyncClient.breakers`."""
         return self._client.breakers()
@@ -452,11 +499,13 @@ class ClientCache:
         return repr(self._cache)
 
 
-def _entries(config: Config, clock: Clock) -> Entries:
+def _entries(config: Config, clock: Clock, shared: Shared | None) -> Entries:
     """Where answers are kept; waits for files."""
     from llmkit.state.entries import open_entries
 
     cache = config.cache
+    if shared is not None and cache.persist:
+        return shared.entries(max_bytes=cache.max_bytes)
     url = config.state_url if cache.persist else "memory"
     room = min(cache.max_bytes, cache.memory_bytes) if url == "memory" else cache.max_bytes
     return open_entries(url, max_bytes=room, clock=clock)

@@ -19,10 +19,12 @@ from llmkit.settings import Rule, nearest
 from llmkit.state.store import QUARTER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from datetime import tzinfo
 
     import pandas as pd
+
+    from llmkit.ledger import Ledger
 
 __all__ = ["KEYS", "MEASURES", "asked", "frame", "keys", "moment", "summary"]
 
@@ -43,7 +45,7 @@ MEASURES = {
 _NANOS = {"cost_usd": "cost_nanos", "saved_usd": "saved_nanos"}
 _SUMMED = tuple(_NANOS.get(name, name) for name in MEASURES)
 _COLUMNS = {"model": "model", "user": "user", "tag": "tags"}
-_COARSE_S = 30 * 86_400
+_AT_ONCE = 10_000  # windows that are asked for together
 _AGO = Rule("duration")
 
 
@@ -84,7 +86,7 @@ def moment(given: Any, now: float, name: str = "since") -> float | None:
 
 
 def frame(
-    spend: Callable[..., list[tuple[Any, ...]]],
+    ledger: Ledger,
     by: tuple[str, ...],
     zone: tzinfo,
     *,
@@ -95,7 +97,6 @@ def frame(
     """One row for each combination of ``by`` in which there was a call; the columns are ``by`` and `MEASURES`.
 
     Args:
-        spend: the ledger's sums, as `llmkit.state.store.Store.spend` gives them.
         zone: where hours, days, weeks (from Monday) and months begin; a call belongs to the window of its start.
         now, since, until: in epoch seconds.
 
@@ -106,12 +107,15 @@ def frame(
 
     times = [key for key in by if key in CALENDAR]
     columns = [_COLUMNS[key] for key in by if key not in CALENDAR]
-    given: dict[str, Any] = {"since": since, "until": until}
+    given: dict[str, Any] = {"by": columns, "sums": _SUMMED, "since": since, "until": until}
     if times:
-        begin = _first(spend, now) if since is None else since
+        begin = _first(ledger, now) if since is None else since
         end = max(now + QUARTER_S, begin) if until is None else until
-        given["windows"] = list(windows(_finest(times), begin, max(begin, end), zone))
-    rows = spend(by=columns, sums=_SUMMED, **given) if not times or len(given["windows"]) > 1 else []
+        edges = list(windows(_finest(times), begin, end, zone))
+        some = (edges[at : at + _AT_ONCE + 1] for at in range(0, len(edges) - 1, _AT_ONCE))
+        rows = [row for each in some for row in ledger.spend(**given, windows=each)]
+    else:
+        rows = ledger.spend(**given)
     table = pd.DataFrame.from_records(rows, columns=[*(["window"] if times else []), *columns, *_SUMMED])
     for key in times:
         begins = {at: window(key, at, zone)[0] for at in table["window"].unique()}
@@ -127,10 +131,10 @@ def _finest(times: Sequence[str]) -> str:
     return "day" if {"week", "month"} <= set(times) else min(times, key=CALENDAR.index)
 
 
-def _first(spend: Callable[..., list[tuple[Any, ...]]], now: float) -> float:
-    """A moment not long before the first call of the ledger."""
-    coarse = [float(at) for at in range(0, int(now) + 2 * _COARSE_S, _COARSE_S)]
-    return min((begin for begin, _ in spend(by=(), sums=("calls",), windows=coarse)), default=now)
+def _first(ledger: Ledger, now: float) -> float:
+    """When the first call of the ledger began."""
+    page = next(iter(ledger.pages(1)), None)
+    return now if page is None else float(page[0][0]["started"])
 
 
 def _by_tag(table: pd.DataFrame) -> pd.DataFrame:
