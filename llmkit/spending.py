@@ -55,7 +55,7 @@ def keys(by: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         ConfigError: a key that is none, naming the nearest.
     """
-    wanted = (by,) if isinstance(by, str) else tuple(by)
+    wanted = tuple(by) if isinstance(by, list | tuple) else (by,)
     for key in wanted:
         if key not in KEYS:
             near = nearest(key, KEYS) if isinstance(key, str) else None
