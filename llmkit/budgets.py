@@ -11,6 +11,7 @@ import asyncio
 import bisect
 import functools
 import itertools
+import json
 import os
 import threading
 import weakref
@@ -23,16 +24,36 @@ from llmkit.models.prices import is_free, to_nanos
 from llmkit.state.owner import current_owner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from datetime import tzinfo
+
+    import pandas as pd
 
     from llmkit.account import Hold
     from llmkit.call import Call
     from llmkit.config import BudgetSettings, Limit
     from llmkit.endpoint import Endpoint
+    from llmkit.ledger import Ledger
 
-__all__ = ["Budgets", "Line", "Scopes", "session", "zone_of"]
+__all__ = ["COLUMNS", "Budgets", "Line", "Scopes", "session", "zone_of"]
 
+COLUMNS: dict[str, str | None] = {
+    "scope": "string",
+    "kind": "string",
+    "name": "string",
+    "window": "string",
+    "unit": "string",
+    "limit": "float64",
+    "spent": "float64",
+    "held": "float64",
+    "unknown": "float64",
+    "left": "float64",
+    "share": "float64",
+    "resets_at": None,
+}
+"""Of `Budgets.frame`; the last one has the type of a moment in the stated time zone."""
+
+MOST_NAMED = 1000  # users, tags or models that are listed where a limit is each one's own
 MOST_KNOWN = 4096  # calls of so many kinds (endpoint, user, tags) are remembered; then all are looked up anew
 
 
@@ -93,6 +114,14 @@ class Budgets:
             self._key(limit, limit.name, "") for limit in by["all"] if limit.is_default and limit.tokens is None
         )
         self._era = _Era(0.0, 0.0, {}, {})
+
+    def held(self, hold: Hold) -> None:
+        """A hold has been taken: who waited for it waits no longer. From any thread."""
+        self.line.leave(hold.request_id)
+
+    def ended(self, hold: Hold) -> None:
+        """A hold has ended, so there may be room for others. From any thread."""
+        self.line.ended(hold.accounts)
 
     def of(self, call: Call, endpoint: Endpoint) -> Scopes:
         """What an attempt of ``call`` at ``endpoint`` counts towards. What is free counts where tokens are limited."""
@@ -170,6 +199,50 @@ class Budgets:
         """When the window of ``limit`` began, as seen at ``at``."""
         return self._era_of(at).windows[limit.window][0]
 
+    async def frame(self, ledger: Ledger, at: float) -> pd.DataFrame:
+        """Every limit in force at ``at`` and how far it is used, one row for each unit; of ``*`` each one seen.
+
+        Columns: scope, kind, name, window, unit, limit, spent, held, unknown (it is in spent), left, share (of the limit
+        that is spent), resets_at (in the stated time zone; NaT where it never does). USD, or tokens.
+
+        Raises:
+            StoreError: the accounts cannot be read.
+        """
+        import pandas as pd
+
+        seen = await asyncio.to_thread(self._names, ledger.spend, at)
+        found = self.accounts(at, seen)
+        balances = await ledger.balances([account for _, _, account in found])
+        records = []
+        for (limit, name, account), balance in zip(found, balances, strict=True):
+            common = (account.scope, limit.kind, name, limit.window)
+            if account.limit_nanos is not None:
+                usd = (account.limit_nanos, balance.settled_nanos, balance.held_nanos, balance.unknown_nanos)
+                records.append((*common, "usd", *(number / 1e9 for number in _with_left(*usd)), account.resets_at))
+            if account.limit_tokens is not None:
+                tokens = (account.limit_tokens, balance.settled_tokens, balance.held_tokens, balance.unknown_tokens)
+                records.append((*common, "tokens", *map(float, _with_left(*tokens)), account.resets_at))
+        frame = pd.DataFrame.from_records(records, columns=[name for name in COLUMNS if name != "share"])
+        frame.insert(len(COLUMNS) - 2, "share", frame["spent"] / frame["limit"])
+        ends = pd.to_datetime(frame["resets_at"].astype("float64"), unit="s", utc=True)
+        frame["resets_at"] = ends.astype("datetime64[us, UTC]").dt.tz_convert(self.zone)
+        return frame.astype({name: kind for name, kind in COLUMNS.items() if kind is not None})
+
+    def _names(self, spend: Callable[..., list[tuple[object, ...]]], at: float) -> dict[str, list[str]]:
+        """By kind, whom the ledger and this process have seen in the windows of those limits that are each one's own."""
+        seen = self.names_seen()
+        for kind, column in (("user", "user"), ("tag", "tags"), ("model", "model")):
+            starred = self.starred(kind)
+            if not starred:
+                seen[kind] = []
+                continue
+            since = min(self.since(limit, at) for limit in starred)
+            names: Iterable[object] = [found for found, _ in spend(by=(column,), sums=("calls",), since=since)]
+            if kind == "tag":
+                names = [f"{key}={value}" for text in names for key, value in _tags(text).items()]
+            seen[kind] = list(dict.fromkeys([*seen[kind], *(str(name) for name in names if name)]))[:MOST_NAMED]
+        return seen
+
     # -- from limits to accounts -------------------------------------------------------------------------------------
 
     def _limits_of(self, call: Call, endpoint: Endpoint) -> list[tuple[Limit, str]]:
@@ -228,6 +301,19 @@ class Budgets:
             windows[name] = (begin, end)
             since, until = max(since, begin), min(until, end)
         return _Era(since, until, windows, {})
+
+
+def _with_left(limit: int, spent: int, held: int, unknown: int) -> tuple[int, int, int, int, int]:
+    return (limit, spent, held, unknown, max(0, limit - spent - held))
+
+
+def _tags(text: object) -> dict[str, object]:
+    """The tags that the ledger has as a JSON object; what it cannot be read from has none."""
+    try:
+        tags = json.loads(str(text))
+    except ValueError:
+        return {}
+    return tags if isinstance(tags, dict) else {}
 
 
 def _by_name(limits: list[Limit]) -> dict[str, list[Limit]]:

@@ -82,14 +82,14 @@ class AsyncClient:
         self._shared = shared = open_shared(self.config.state_url, self.clock, self.config.environ)
         if shared is None:
             self.ledger = Ledger.open(self.config.state_url, self.clock)
-        self._budgets = Budgets(self.config.budget)
-        self.ledger.on_held, self.ledger.on_ended = self._budgets.held, self._budgets.ended
-        if self.config.state_on_failure == "refuse":
-            self.ledger.is_strict = self._budgets.is_set
             circuits: Circuits = SQLiteCircuits(lambda: self.ledger.database, self.clock)
         else:
             self.ledger = Ledger("sqlite", self.clock, accounts=shared.accounts)
             circuits = shared.circuits
+        self._budgets = Budgets(self.config.budget)
+        self.ledger.on_held, self.ledger.on_ended = self._budgets.held, self._budgets.ended
+        if self.config.state_on_failure == "refuse":
+            self.ledger.is_strict = self._budgets.is_set
         self.circuits = Breakers(self.config.breaker, self.clock, circuits, current_owner)
         self.cache = AnswerCache(
             self.config.cache, self.clock, functools.partial(_entries, self.config, self.clock, shared)

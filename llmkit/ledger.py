@@ -190,6 +190,11 @@ class Ledger:
     # -- writing -----------------------------------------------------------------------------------------------------
 
     @property
+    def owner(self) -> str:
+        """Who calls and holds: this process."""
+        return current_owner()
+
+    @property
     def is_open(self) -> bool:
         """Whether the store is there already, so that writing need not wait for it to be opened."""
         return self._store is not None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from llmkit.budgets import Budgets
     from llmkit.cache import AnswerCache
     from llmkit.call import Call
     from llmkit.clock import Clock
@@ -25,6 +26,7 @@ def standard(
     clock: Clock,
     ledger: Ledger,
     breakers: Breakers,
+    budgets: Budgets,
     answers: AnswerCache,
     key_of: Callable[[Call, Endpoint], str | None],
 ) -> list[Layer]:
@@ -51,7 +53,7 @@ def standard(
         # rate limit: by endpoint, so below the choice of it
         Retry(config.retry, clock),
         Breaker(breakers),
-        Budget(clock),
+        Budget(clock, budgets, ledger),
         Timeout(clock),
         Meter(ledger, clock),
     ]

@@ -145,7 +145,7 @@ def _leaves(error: LLMKitError) -> bool:
     """Whether another link may do better."""
     if isinstance(error, CallRejected):
         if isinstance(error, BudgetExceeded):
-            return error.scope in {"request", "link"}
+            return error.downgrade or error.scope in {"request", "link"}
         return isinstance(error, CircuitOpen | ContextTooLong | PriceUnknown)
     return isinstance(error, ProviderError) and not isinstance(error, TotalTimeout | InvalidRequest)
 
