@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import socket
 import ssl
 import warnings
 
 import httpx
 import pytest
+from multidict import CIMultiDict
 
+from llmkit.errors import LLMKitError
 from llmkit.transport import AiohttpTransport
 from tests.providers.loopback import CHUNKED, chunk, http, server
 
@@ -393,3 +396,172 @@ def test_closing_twice_is_harmless_and_it_can_be_used_again() -> None:
         return await response.aread()
 
     assert run(answering(http(b"{}")), main) == b"{}"
+
+
+# -- the moment of sending -----------------------------------------------------------------------------------------------
+
+
+async def sent(transport, url, on_send, *, connect=None):
+    exchange = await transport.exchange(
+        transport.prepare(url, []), CIMultiDict(), b"{}", connect=connect, on_send=on_send
+    )
+    body = b""
+    while data := await exchange.read():
+        body += data
+    return body
+
+
+class Notes:
+    """A hook that counts, and does what it is told."""
+
+    def __init__(self, error=None):
+        self.count = 0
+        self.error = error
+        self.wait = None
+        self.begun = asyncio.Event()
+
+    async def __call__(self):
+        self.count += 1
+        self.begun.set()
+        if self.wait is not None:
+            await self.wait.wait()
+        if self.error is not None:
+            raise self.error
+
+
+def with_server(respond, main):
+    async def whole():
+        transport = AiohttpTransport()
+        async with server(respond) as seen:
+            try:
+                return await asyncio.wait_for(main(transport, seen), 10)
+            finally:
+                await transport.aclose()
+
+    return asyncio.run(whole())
+
+
+def test_it_is_said_when_the_connection_stands_and_before_a_byte_is_written() -> None:
+    async def main(transport, seen):
+        notes = Notes()
+        notes.wait = asyncio.Event()
+        sending = asyncio.create_task(sent(transport, seen.base_url, notes))
+        await notes.begun.wait()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert (seen.connections, seen.reader._buffer, seen.requests) == (1, b"", [])
+        notes.wait.set()
+        assert await sending == b"{}"
+        await sent(transport, seen.base_url, notes)
+        assert (seen.connections, notes.count) == (1, 2), "and so on a connection that was kept alive"
+        await transport.handle_async_request(httpx.Request("GET", seen.base_url))
+        assert notes.count == 2, "a request without a hook is nobody's business"
+
+    with_server(answering(http(b"{}")), main)
+
+
+def test_where_the_hook_refuses_nothing_is_sent_and_the_connection_is_good_for_the_next() -> None:
+    error = LLMKitError("the budget is used up")
+
+    async def main(transport, seen):
+        for _ in range(2):
+            with pytest.raises(LLMKitError) as caught:
+                await sent(transport, seen.base_url, Notes(error))
+            assert caught.value is error
+        assert seen.requests == []
+        assert await sent(transport, seen.base_url, Notes()) == b"{}"
+        assert (seen.connections, len(seen.requests)) == (1, 1)
+
+    with_server(answering(http(b"{}")), main)
+
+
+def test_who_is_cancelled_while_the_hook_waits_has_sent_nothing() -> None:
+    async def main(transport, seen):
+        notes = Notes()
+        notes.wait = asyncio.Event()
+        sending = asyncio.create_task(sent(transport, seen.base_url, notes))
+        await notes.begun.wait()
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        assert await sent(transport, seen.base_url, None) == b"{}"
+        assert len(seen.requests) == 1
+
+    with_server(answering(http(b"{}")), main)
+
+
+def test_calls_at_once_have_hooks_of_their_own() -> None:
+    async def main(transport, seen):
+        hooks = [Notes(LLMKitError("no") if n % 3 == 0 else None) for n in range(30)]
+        ends = await asyncio.gather(*[sent(transport, seen.base_url, hook) for hook in hooks], return_exceptions=True)
+        assert [hook.count for hook in hooks] == [1] * 30
+        assert [isinstance(end, LLMKitError) for end in ends] == [hook.error is not None for hook in hooks]
+        assert len(seen.requests) == 20
+
+    with_server(answering(http(b"{}")), main)
+
+
+def unconnected(kind, monkeypatch):
+    """An address to which no connection comes to stand, and what holds it open."""
+    if kind == "refused":
+        return "http://127.0.0.1:1/", None
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1)
+    at = f"127.0.0.1:{listener.getsockname()[1]}/"
+    if kind == "TLS is not answered":  # the kernel takes the connection, and nobody speaks on it
+        return f"https://{at}", listener
+    if kind == "a proxy that is not answered":
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{at}")
+        return "https://api.example.test/v1", listener
+    for _ in range(4):  # fills the backlog, so that the kernel drops what comes
+        filler = socket.socket()
+        filler.setblocking(False)
+        filler.connect_ex(listener.getsockname())
+        FILLERS.append(filler)
+    return f"http://{at}", listener
+
+
+FILLERS = []
+
+
+@pytest.mark.parametrize("kind", ["refused", "a full backlog", "TLS is not answered", "a proxy that is not answered"])
+def test_while_no_connection_stands_nothing_is_said(kind, monkeypatch) -> None:
+    forget_proxies(monkeypatch)
+    url, listener = unconnected(kind, monkeypatch)
+
+    async def main():
+        transport = AiohttpTransport()
+        notes = Notes()
+        with pytest.raises((httpx.ConnectError, httpx.ConnectTimeout)):
+            await sent(transport, url, notes, connect=0.1)
+        await transport.aclose()
+        return notes.count
+
+    try:
+        assert asyncio.run(main()) == 0
+    finally:
+        for each in (listener, *FILLERS):
+            if each is not None:
+                each.close()
+        FILLERS.clear()
+
+
+def test_a_kept_connection_that_turns_out_to_be_dead_is_not_tried_again_unseen() -> None:
+    async def once(request, writer):
+        if request.endswith(b"first"):
+            writer.write(http(b"{}"))
+            return
+        writer.close()
+
+    async def main(transport, seen):
+        notes = Notes()
+        prepared = transport.prepare(seen.base_url, [])
+        for body in (b"first", b"second"):
+            exchange = transport.exchange(prepared, CIMultiDict(), body, on_send=notes)
+            if body == b"second":
+                with pytest.raises(httpx.RemoteProtocolError):
+                    await exchange
+            else:
+                await (await exchange).finish()
+        assert (notes.count, len(seen.requests), seen.connections) == (2, 2, 1)
+
+    with_server(once, main)

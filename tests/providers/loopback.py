@@ -137,6 +137,7 @@ async def server(respond):
     async def serve(reader, writer):
         seen.connections += 1
         seen.reader = reader
+        seen.came.set()
         tasks.add(asyncio.current_task())
         try:
             while True:
@@ -177,6 +178,7 @@ class Seen:
         self.requests = []
         self.connections = 0
         self.reader = None  # of the latest connection
+        self.came = asyncio.Event()  # a client has connected
         self.gone = asyncio.Event()  # a client has left
 
 

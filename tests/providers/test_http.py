@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import llmkit
 from llmkit.call import Params, Timeouts
 from llmkit.errors import (
     AuthenticationError,
@@ -32,6 +33,7 @@ from llmkit.providers import http as http_module
 from llmkit.providers.wire import Malformed, parsed
 from llmkit.redaction import Screen
 from llmkit.reply import Usage
+from llmkit.testing import FakeClock, Fault, Simulator
 from tests.providers.loopback import (
     CHUNKED,
     HELLO,
@@ -739,3 +741,214 @@ def test_the_embedded_simulator_answers_in_both_formats(wire, stream) -> None:
     assert reply.source == "simulated"
     assert reply.head.usage.output_tokens > 0
     assert reply.finish_reason == "stop"
+
+
+# -- the moment of sending -----------------------------------------------------------------------------------------------
+
+
+def sending(transport, respond, on_send):
+    """A call with this hook, through an httpx transport or llmkit's own engine. Its end, its trail, and what arrived."""
+
+    async def main():
+        async with server(respond) as seen:
+            own = provider(transport)
+            asked = call(endpoint(base_url=seen.base_url)).to(on_send=on_send)
+            try:
+                end = await (await own(asked)).read()
+            except LLMKitError as error:
+                end = error
+            await own.aclose()
+            return end, asked.trail, seen.requests or getattr(transport, "requests", [])
+
+    return asyncio.run(main())
+
+
+async def whole(_, writer):
+    writer.write(http(WHOLE))
+
+
+async def hang_up(_, writer):
+    writer.close()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own engine", "httpx transport"])
+@pytest.mark.parametrize("awaited", [True, False])
+def test_who_must_know_hears_of_the_sending_before_it(own, awaited) -> None:
+    transport = None if own else Scripted(WHOLE)
+    heard = []
+
+    async def later():
+        heard.append("later")
+
+    def on_send():
+        assert transport is None or not transport.requests
+        heard.append("now")
+        return later() if awaited else None
+
+    end, trail, requests = sending(transport, whole, on_send)
+    assert end == "hello"
+    assert heard == (["now", "later"] if awaited else ["now"])
+    assert (trail.sent, len(requests)) == (True, 1)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own engine", "httpx transport"])
+def test_who_must_know_can_forbid_it(own) -> None:
+    error = llmkit.StoreError("the server that keeps the budget is away")
+
+    def on_send():
+        raise error
+
+    end, trail, requests = sending(None if own else Scripted(WHOLE), whole, on_send)
+    assert end is error
+    assert (trail.sent, requests) == (None, [])
+
+
+def test_what_was_lost_after_the_sending_may_be_billed() -> None:
+    end, trail, requests = sending(None, hang_up, None)
+    assert type(end) is ProviderUnreachable
+    assert (end.maybe_billed, trail.sent, len(requests)) == (True, True, 1)
+
+
+@pytest.mark.parametrize("end", ["TotalTimeout", "FirstTokenTimeout", "CancelledError"])
+@pytest.mark.parametrize("connected", [True, False])
+def test_an_attempt_that_never_had_a_connection_is_not_maybe_billed(tmp_path, end, connected) -> None:
+    async def main():
+        arrived = asyncio.Event()
+
+        async def silent(_, __):
+            arrived.set()
+            await asyncio.Event().wait()
+
+        clock = FakeClock(auto=False)
+        async with server(silent) as seen:
+            # Where TLS is spoken to a server that does not answer it, the connection never stands.
+            base_url = seen.base_url if connected else seen.base_url.replace("http:", "https:")
+            client = llmkit.AsyncClient(
+                model="m",
+                models={
+                    "m": {"provider": "acme", "model": "m", "base_url": base_url, "price": {"input": 1, "output": 1}}
+                },
+                providers={"acme": {"base_url": base_url}},
+                state={"url": f"sqlite:///{tmp_path}/ledger.sqlite3"},
+                timeout={"connect": "off", "total": 100, "first_token": 10 if end == "FirstTokenTimeout" else "off"},
+                retry={"attempts": 1},
+                clock=clock,
+            )
+            asking = asyncio.create_task(opened(client))
+            await asyncio.wait_for((arrived if connected else seen.came).wait(), 10)
+            if end == "CancelledError":
+                asking.cancel()
+            else:
+                await clock.advance(101)
+            with pytest.raises((LLMKitError, asyncio.CancelledError)) as caught:
+                await asking
+            (row,) = client.ledger.calls()
+            (attempt,) = client.attempts(row["request_id"])
+            await client.aclose()
+            return caught.value, attempt
+
+    error, attempt = asyncio.run(main())
+    assert type(error).__name__ == end
+    assert attempt["maybe_billed"] is connected
+    if isinstance(error, LLMKitError):
+        assert error.maybe_billed is connected
+        assert ("had been sent" in error.message) is not connected
+
+
+async def opened(client):
+    await (await client.stream("Hi")).read()
+
+
+# -- what is asked again -------------------------------------------------------------------------------------------------
+
+
+def keys(*calls):
+    """The ``Idempotency-Key`` of each call."""
+    transport = Scripted(WHOLE)
+
+    async def main():
+        own = provider(transport)
+        for each in calls:
+            transport.body = Body(WHOLE)
+            await (await own(each)).read()
+
+    asyncio.run(main())
+    return [request.headers["idempotency-key"] for request in transport.requests]
+
+
+def fresh(asked, **changes):
+    """The same call once more, asked by itself."""
+    return asked.to(trail=llmkit.call.Trail(), request_id="call-2", **changes)
+
+
+def test_the_same_request_of_the_same_user_has_the_same_key() -> None:
+    asked = call(prompt="A secret plan").to(user="ana", request_key="k1")
+    first, again = keys(asked, fresh(asked))
+    assert first == again
+    assert len(first) == 32
+    assert set(first) <= set("0123456789abcdef")
+
+
+DIFFERENT = {
+    "another user": {"user": "ben"},
+    "no user": {"user": None},
+    "another sample": {"request_key": "k2"},
+    "another prompt": {"messages": call(prompt="else").messages},
+    "another parameter": {"params": Params(max_tokens=5)},
+    "streamed": {"stream": True},
+    "another model": {"link": call(endpoint(model="m-2")).link},
+    "another place": {"link": call(endpoint(base_url="http://127.0.0.1:10/v1")).link},
+    "refresh": {"cache": "refresh"},
+    "off": {"cache": "off"},
+    "without a key": {"request_key": None},
+}
+
+
+@pytest.mark.parametrize("changes", DIFFERENT.values(), ids=DIFFERENT)
+def test_another_request_never_has_the_same_key(changes) -> None:
+    asked = call().to(user="ana", request_key="k1")
+    first, other = keys(asked, fresh(asked, **changes))
+    assert first != other
+
+
+def test_where_a_new_answer_is_wanted_only_attempts_of_one_call_share_a_key() -> None:
+    asked = call().to(request_key="k1", cache="refresh")
+    another = call(endpoint(model="m-2")).link
+    first, retried, fell_back, retried_there, smaller, anew = keys(
+        asked,
+        asked.to(),
+        asked.to(link=another),
+        asked.to(link=another),
+        asked.to(params=Params(max_tokens=5)),
+        fresh(asked),
+    )
+    assert first == retried == "call-1"
+    assert fell_back == retried_there
+    assert len({first, fell_back, smaller, anew}) == 4
+    assert anew == "call-2"
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own engine", "httpx transport"])
+def test_an_answer_that_was_lost_on_its_way_is_not_billed_twice(own) -> None:
+    simulator = Simulator("one two three four")
+    simulator.idempotent = True
+    simulator.fail(Fault.cut(2))
+    asked = call().to(user="ana", request_key="k1")
+
+    async def ask(base_url):
+        asking = provider(None if own else simulator)
+        to = call(endpoint(base_url=base_url)).link
+        with pytest.raises(LLMKitError) as caught:
+            await asking(asked.to(link=to))
+        assert caught.value.maybe_billed
+        once = simulator.billed
+        reply = await asking(fresh(asked, link=to))
+        assert await reply.read() == "one two three four"
+        assert simulator.billed == once
+        refreshed = await asking(fresh(asked, link=to, cache="refresh"))
+        await refreshed.read()
+        assert simulator.billed.output_tokens == 2 * once.output_tokens
+        await asking.aclose()
+
+    with simulator.server() as url:
+        asyncio.run(ask(url))
