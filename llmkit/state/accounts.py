@@ -41,16 +41,16 @@ if TYPE_CHECKING:
 
 __all__ = ["KEPT_S", "abandon", "balance_of", "end", "hold", "purge", "select", "sent"]
 
-KEPT_S = 60 * 86_400.0  # how long an account is kept after its window, or after its last use where it has none
+KEPT_S = 60 * 86_400.0  # how long an account is kept after its window
 
 _AMOUNTS = Balance._fields[1:]
 _HOLD = ", ".join(Held._fields)
 _INSERT_HOLD = f"INSERT INTO holds ({_HOLD}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - all names are our own
 _TAKE_HOLD = f"DELETE FROM holds WHERE request_id = ? AND number = ? RETURNING {_HOLD}"  # noqa: S608
 _SENT = "UPDATE holds SET slot = NULL WHERE request_id = ? AND number = ?"
-_OPEN = f"INSERT INTO accounts (key, {', '.join(_AMOUNTS)}, resets_at, touched) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+_OPEN = f"INSERT INTO accounts (key, {', '.join(_AMOUNTS)}, resets_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
 _MOVE = f"UPDATE accounts SET {', '.join(f'{name} = {name} + ?' for name in _AMOUNTS)} WHERE key IN ("  # noqa: S608
-_TAKE = "UPDATE accounts SET held_nanos = held_nanos + ?, held_tokens = held_tokens + ?, touched = ? WHERE key IN ("
+_TAKE = "UPDATE accounts SET held_nanos = held_nanos + ?, held_tokens = held_tokens + ? WHERE key IN ("
 _BALANCE = ", ".join(Balance._fields)
 _ABANDONED = f"SELECT {_HOLD} FROM holds WHERE owner = ? AND state = '{HELD}' AND expires < ?"  # noqa: S608
 _NEVER_SENT = """
@@ -84,21 +84,20 @@ def hold(connection: sqlite3.Connection, change: Hold) -> None:
     if not keys:
         change.balances.clear()
         return
-    given = (amount(change.nanos), amount(change.tokens), change.expires)
+    given = (amount(change.nanos), amount(change.tokens))
     balances = _take(connection, given, keys)
     if len(balances) < len(keys):
-        missing = tuple(key for key in keys if key not in balances)
-        for account in change.accounts:
-            if account.key in missing:
-                _open(connection, account, change.expires)
-        balances |= _take(connection, given, missing)
+        missing = {account.key: account for account in change.accounts if account.key not in balances}
+        for account in missing.values():
+            _open(connection, account)
+        balances |= _take(connection, given, tuple(missing))
     check(change, balances)
     row = (change.request_id, change.number, text, given[0], given[1], change.owner, change.expires, change.slot, HELD)
     connection.execute(_INSERT_HOLD, row)
     change.balances[:] = [balances[account.key] for account in change.accounts]
 
 
-def _take(connection: sqlite3.Connection, given: tuple[int, int, float], keys: tuple[str, ...]) -> dict[str, Balance]:
+def _take(connection: sqlite3.Connection, given: tuple[int, int], keys: tuple[str, ...]) -> dict[str, Balance]:
     rows = connection.execute(_taking(len(keys)), (*given, *keys)).fetchall()
     return {row[0]: Balance._make(row) for row in rows}
 
@@ -149,7 +148,7 @@ def purge(connection: sqlite3.Connection, now: float) -> None:
     """
     connection.execute(f"DELETE FROM holds WHERE state = '{RELEASED}' AND expires < ?", (now - KEPT_S,))  # noqa: S608
     connection.execute(
-        "DELETE FROM accounts WHERE held_nanos = 0 AND held_tokens = 0 AND coalesce(resets_at, touched) < ?",
+        "DELETE FROM accounts WHERE resets_at < ? AND held_nanos = 0 AND held_tokens = 0",
         (now - KEPT_S,),
     )
 
@@ -165,7 +164,7 @@ def balance_of(query: Query, account: Account) -> Balance:
     return Balance(account.key, *amounts)
 
 
-def _open(connection: sqlite3.Connection, account: Account, touched: float) -> None:
+def _open(connection: sqlite3.Connection, account: Account) -> None:
     amounts = _in_ledger(connection.execute, account)
     for held in _counting(connection.execute, account):
         amounts = added(amounts, counted(held))
@@ -173,7 +172,7 @@ def _open(connection: sqlite3.Connection, account: Account, touched: float) -> N
             text = json.dumps([*held.accounts, account.key])
             where = (text, held.request_id, held.number)
             connection.execute("UPDATE holds SET accounts = ? WHERE request_id = ? AND number = ?", where)
-    connection.execute(_OPEN, (account.key, *amounts, account.resets_at, touched))
+    connection.execute(_OPEN, (account.key, *amounts, account.resets_at))
 
 
 def _in_ledger(query: Query, account: Account) -> Amounts:

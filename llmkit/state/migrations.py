@@ -198,7 +198,6 @@ _ACCOUNTS = (
         held_tokens INTEGER NOT NULL,
         unknown_tokens INTEGER NOT NULL,
         resets_at REAL,
-        touched REAL NOT NULL,
         CHECK (typeof(settled_nanos) = 'integer' AND typeof(held_nanos) = 'integer'
             AND typeof(unknown_nanos) = 'integer' AND typeof(settled_tokens) = 'integer'
             AND typeof(held_tokens) = 'integer' AND typeof(unknown_tokens) = 'integer')

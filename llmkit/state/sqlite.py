@@ -84,7 +84,7 @@ _LOSE_CALLS = """
     WHERE status = 'in_flight' AND owner = ?
 """
 _HOLDING = f"SELECT owner, min(expires) FROM holds WHERE state = '{HELD}' GROUP BY owner"  # noqa: S608
-_STALE = "SELECT 1 FROM accounts WHERE coalesce(resets_at, touched) < ? LIMIT 1"
+_STALE = "SELECT 1 FROM accounts WHERE resets_at < ? AND held_nanos = 0 AND held_tokens = 0 LIMIT 1"
 
 
 class SQLiteStore:
