@@ -131,12 +131,13 @@ class _Files:
     def __init__(self, path: str) -> None:
         self.folder = path + ".spool"
         self.process = os.getpid()
+        self._name = path
         self._path = path + ".locks"
-        self._lock = threading.RLock()  # a claim may be collected, and so released, on a thread that holds it
+        self._lock = _OPEN.lock
         self._file: int | None = None
         self._identity = (0, 0)
         self._looked = float("-inf")
-        self._held: dict[str, FileClaim] = {}
+        self._held: dict[str, object] = {}  # by the key, a token of the claim, which may be dropped
         self._users: weakref.WeakSet[FileFlights] = weakref.WeakSet()
         self._listed: tuple[int, float] = (-1, 0.0)
         self._spools: dict[str, list[str]] = {}
@@ -154,12 +155,16 @@ class _Files:
             return files
 
     def leave(self, user: FileFlights) -> None:
-        """Let go of the lock file when the last user has left and holds nothing."""
-        with _OPEN.lock, self._lock:
-            self._users.discard(user)
+        self._users.discard(user)
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        """Let go of the lock file when the last user has left and nothing is held."""
+        with self._lock:
             if not self._users and not self._held:
                 self._close()
-                _OPEN.files.pop(self._path.removesuffix(".locks"), None)
+                if _OPEN.files.get(self._name) is self:
+                    del _OPEN.files[self._name]
 
     def _close(self) -> None:
         if self._file is not None and self.process == os.getpid():
@@ -175,7 +180,8 @@ class _Files:
             place = _place(key)
             if not self._locked(place):
                 return None
-            claim = self._held[key] = FileClaim(self, key, place)
+            claim = FileClaim(self, key, place)
+            self._held[key] = claim.token
             return claim
 
     def is_claimed(self, key: str) -> bool:
@@ -193,11 +199,11 @@ class _Files:
         if self.process != os.getpid():
             return
         with self._lock:
-            if self._held.get(claim.key) is claim:
+            if self._held.get(claim.key) is claim.token:
                 del self._held[claim.key]
                 self._unlocked(claim.place)
-                if not self._users and not self._held:
-                    self._close()
+        if not self._users:
+            self._close_if_idle()
 
     def _locked(self, place: int) -> bool:
         """Take the lock, or see that another process has it. Where there are no locks, everybody takes it."""
@@ -263,7 +269,7 @@ class _Open:
     """The lock files of this process, by path."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a claim may be collected, and so released, on a thread that holds it
         self.files: dict[str, _Files] = {}
 
 
@@ -285,11 +291,12 @@ if hasattr(os, "register_at_fork"):
 class FileClaim:
     """`llmkit.state.shared.Claim` by a lock on a file."""
 
-    __slots__ = ("_files", "_nonce", "_pieces", "_released", "_written", "key", "place")
+    __slots__ = ("_files", "_nonce", "_pieces", "_released", "_written", "key", "place", "token")
 
     def __init__(self, files: _Files, key: str, place: int) -> None:
         self.key = key
         self.place = place
+        self.token = object()
         self._files = files
         self._nonce = ""  # tells followers this claim from the next one
         self._pieces: list[tuple[str, str]] = []
