@@ -499,5 +499,5 @@ def _report(circuit: Circuit, ticket: int, outcome: Outcome) -> None:
     elif outcome.reply is not None or isinstance(error, ProviderError | ContextTooLong):
         circuit.report(ticket, None)  # it answered, if only with a no; or the reader left while it was answering
     else:
-        assert error is None or not isinstance(error, LLMKitError) or isinstance(error, CallRejected)
+        assert error is None or not isinstance(error, LLMKitError) or isinstance(error, CallRejected | StoreError)
         circuit.drop(ticket)
