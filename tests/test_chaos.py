@@ -13,6 +13,8 @@ from decimal import Decimal
 import pytest
 
 import llmkit
+from llmkit.budgets import Budgets
+from llmkit.cache import AnswerCache
 from llmkit.call import Call, Params, Timeouts, messages_from
 from llmkit.config import BreakerSettings, Config
 from llmkit.endpoint import Endpoint, Link, Price
@@ -20,8 +22,10 @@ from llmkit.layers import standard
 from llmkit.layers.breaker import Breakers
 from llmkit.ledger import Ledger
 from llmkit.pipeline import Pipeline
+from llmkit.providers.canonical import RequestKeys
 from llmkit.providers.http import Provider
 from llmkit.reply import Reply
+from llmkit.state.entries import MemoryEntries
 from llmkit.testing import FakeClock, Fault, Received, Simulator
 
 CALLS, AT_ONCE = 2_000, 64
@@ -73,7 +77,16 @@ class Chaos:
         # A breaker that opened would end the chaos early; what it does has tests of its own.
         breakers = Breakers(BreakerSettings(failures=1000, rate=1.0, minimum_calls=1000), clock)
         self.provider = Provider(clock, environ={}, **({"simulator": simulator} if url is None else {}))
-        self.chain = Pipeline(standard(config, clock=clock, ledger=self.ledger, breakers=breakers), self.provider)
+        layers = standard(
+            config,
+            clock=clock,
+            ledger=self.ledger,
+            breakers=breakers,
+            budgets=Budgets(config.budget),
+            answers=AnswerCache(config.cache, clock, lambda: MemoryEntries(max_bytes=10**6, clock=clock)),
+            key_of=RequestKeys(),
+        )
+        self.chain = Pipeline(layers, self.provider)
         endpoint = Endpoint(
             provider="test",
             model="m",

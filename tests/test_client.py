@@ -151,7 +151,7 @@ def test_retries_and_fallbacks_end_to_end(tmp_path) -> None:
         assert [attempt.http_status for attempt in reply.attempts] == [503, 503, 200]
         assert clock.sleeps == [3, 3]
         simulator.fail(Fault.auth())
-        reply = client.complete("x", model="chain")
+        reply = client.complete("y", model="chain")
         assert (reply.model, reply.skipped[0].endpoint) == ("m-2", "own:m-1")
         assert KEY not in repr(reply.skipped)
         keys = {request.headers["idempotency-key"] for request in list(simulator.requests)[:3]}
@@ -204,7 +204,8 @@ def test_inside_a_loop_that_runs_the_sync_client_works_and_the_async_one_is_awai
 def test_one_client_serves_many_threads(client, simulator) -> None:
     texts: list[str] = []
     threads = [
-        threading.Thread(target=lambda: texts.extend(client.complete("x").text for _ in range(5))) for _ in range(8)
+        threading.Thread(target=lambda: texts.extend(client.complete("x", cache="off").text for _ in range(5)))
+        for _ in range(8)
     ]
     for thread in threads:
         thread.start()
@@ -302,7 +303,8 @@ def test_keys_never_come_out(tmp_path, caplog, capsys, model: str) -> None:
 
 PROGRAM = """
 import sys, llmkit
-client = llmkit.Client(model="m", models={"m": {"provider": "vllm", "model": "m", "base_url": sys.argv[1]}})
+models = {"m": {"provider": "vllm", "model": "m", "base_url": sys.argv[1]}}
+client = llmkit.Client(model="m", models=models, cache={"enabled": False})
 reply = None
 try:
     with client.stream("x") as reply:

@@ -224,9 +224,9 @@ import gc, sys
 import llmkit
 
 config = llmkit.Config.of(models={"m": {"provider": "vllm", "model": "m", "base_url": sys.argv[1]}})
-for _ in range(3):
+for number in range(3):
     client = llmkit.Client(config=config, model="m")
-    client.complete("hello")
+    client.complete(f"hello {number}")
     del client
     gc.collect()
 """

@@ -303,7 +303,7 @@ class SQLiteEntries:
         return Contents(*rows[0])
 
     async def aclose(self) -> None:
-        await asyncio.to_thread(self._database.close)
+        self._database.close()  # not in a thread: at the interpreter's end there are none to be had
 
     # -- the file ----------------------------------------------------------------------------------------------------
 
