@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+import llmkit
 from llmkit import errors
 from llmkit.circuit import CircuitState
 from llmkit.config import BreakerSettings
@@ -18,7 +19,7 @@ from llmkit.layers.breaker import Breaker, Breakers
 from llmkit.state.circuits import MemoryCircuits, SQLiteCircuits
 from llmkit.state.owner import current_owner
 from llmkit.state.sqlite import SQLiteStore
-from llmkit.testing import FakeClock
+from llmkit.testing import FakeClock, Fault, Simulator
 from tests.layers.script import HANG, Script, call_for, chain, endpoint, outcomes, run
 
 DOWN = errors.ProviderOverloaded("503", status=503)
@@ -611,3 +612,38 @@ def test_a_prober_that_is_killed_blocks_nobody(tmp_path) -> None:
     assert [asked(), asked()] == [None, None]
     assert breakers.of(endpoint()).state == "closed"
     store.close()
+
+
+def test_clients_with_one_ledger_share_their_circuits(tmp_path) -> None:
+    clock = FakeClock(auto=False)
+    simulator = Simulator("fine", clock=clock)
+    config = llmkit.Config.of(
+        environ={},
+        model="m",
+        models={"m": {"provider": "acme", "model": "m-1", "price": {"input": 1, "output": 1}}},
+        providers={"acme": {"base_url": "http://acme.test/v1"}},
+        state={"url": f"sqlite:///{tmp_path}/ledger.sqlite3"},
+        retry={"attempts": 1},
+        cache={"enabled": False},
+    )
+    settings = {"config": config, "transport": simulator, "clock": clock}
+    with llmkit.Client(**settings) as one, llmkit.Client(**settings) as two:
+        simulator.fail(Fault.status(503), times=5)
+        for _ in range(5):
+            with pytest.raises(errors.ProviderOverloaded):
+                one.complete("x")
+        (row,) = two.breakers().to_dict("records")
+        assert (row["endpoint"], row["base_url"], row["state"]) == ("acme:m-1", "http://acme.test/v1", "open")
+        with pytest.raises(errors.CircuitOpen) as caught:
+            two.complete("x")
+        assert caught.value.spent == 0
+        assert simulator.calls == 5
+        two.circuits.reset()
+        asyncio.run(clock.advance(1))
+        assert one.complete("x").text == "fine"
+        assert two.complete("x").text == "fine"
+        for circuit in one.circuits:
+            circuit.isolate()
+        asyncio.run(clock.advance(1))
+        with pytest.raises(errors.CircuitOpen, match="isolated by hand"):
+            two.complete("x")
