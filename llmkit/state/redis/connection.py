@@ -524,6 +524,9 @@ def _reason(error: Exception, address: _Address) -> tuple[str, str]:
         )
     if isinstance(error, TimeoutError | NoAnswerError):
         return f"no answer within {COMMAND_S:.0f} s", _NEXT_STEP
+    cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+    if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
+        return os.strerror(cause.errno), _NEXT_STEP
     if isinstance(error, RedisError | OSError):
         return tidy(str(error) or type(error).__name__, address.password, limit=200), _NEXT_STEP
     return "it answers with something else than Redis does", _NEXT_STEP
