@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from llmkit.events import AlertRaised
+    from llmkit.flight import SingleFlight
     from llmkit.portal import Portal
     from llmkit.reply import Reply
     from llmkit.state.shared import Circuits, Contents, Entries
@@ -94,6 +95,7 @@ class AsyncClient:
         self.cache = AnswerCache(
             self.config.cache, self.clock, functools.partial(_entries, self.config, self.clock, shared)
         )
+        self._flights = _flights(self.config, self.clock, shared, f"memory {id(self)}")
         self._provider = Provider(
             self.clock,
             transport=transport,
@@ -110,6 +112,7 @@ class AsyncClient:
                 budgets=self._budgets,
                 answers=self.cache,
                 key_of=RequestKeys(),
+                flights=self._flights,
             ),
             self._provider,
         )
@@ -320,6 +323,7 @@ class AsyncClient:
         """Close connections and the ledger. Replies still arriving are aborted and settled."""
         for reply in list(self._arriving):
             await reply.aclose()
+        await self._flights.aclose()
         await self._provider.aclose()
         await self.circuits.aclose()
         await self.cache.aclose()
@@ -509,6 +513,20 @@ def _entries(config: Config, clock: Clock, shared: Shared | None) -> Entries:
     url = config.state_url if cache.persist else "memory"
     room = min(cache.max_bytes, cache.memory_bytes) if url == "memory" else cache.max_bytes
     return open_entries(url, max_bytes=room, clock=clock)
+
+
+def _flights(config: Config, clock: Clock, shared: Shared | None, alone: str) -> SingleFlight:
+    """Which calls are in flight, wherever their answers may be read; ``alone`` names answers that nobody else can read."""
+    from llmkit.flight import SingleFlight
+    from llmkit.state.flights import FileFlights
+    from llmkit.state.store import ledger_path
+
+    if not config.cache.persist:
+        return SingleFlight(alone, clock)
+    if shared is not None:
+        return SingleFlight(shared.location, clock, shared.flights)
+    path = ledger_path(config.state_url)
+    return SingleFlight(alone, clock) if path is None else SingleFlight(str(path), clock, FileFlights(path, clock))
 
 
 def _namespace(setting: str, user: str | None, tags: Mapping[str, str]) -> str:

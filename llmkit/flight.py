@@ -165,7 +165,7 @@ class _Flight:
     """One key in flight: who leads, what has arrived, who follows. Changed with `_State.lock` held.
 
     Attributes:
-        leader: who asks, or relays what another process asks. One that relays is among the followers, too.
+        leader: who asks, or relays what another process asks; None in the end. One that relays is among the followers.
         batches: what has arrived since this leader began. ``generation``: how many leaders there were before.
         end: how it ended; None while it is in flight.
     """
@@ -174,7 +174,7 @@ class _Flight:
 
     def __init__(self, place: tuple[str, str], leader: _Caller) -> None:
         self.place = place
-        self.leader = leader
+        self.leader: _Caller | None = leader
         self.followers: list[_Caller] = []
         self.batches: list[list[Chunk]] = []
         self.generation = 0
@@ -211,8 +211,8 @@ class _Flight:
                 self._close(_Stranded())
                 return
             # One that has shown nothing yet can show any answer; of those, one that may ask.
-            self.leader = min(able, key=lambda each: (not each.may_ask, each.reply is not _none))
-            self.leader.promoted = True
+            self.leader = successor = min(able, key=lambda each: (not each.may_ask, each.reply is not _none))
+            successor.promoted = True
             self._anew()
 
     def _anew(self) -> None:
@@ -224,6 +224,7 @@ class _Flight:
     def _close(self, end: _End) -> None:
         if self.end is None:
             self.end = end
+            self.leader = None  # no ring for the garbage collector
             _STATE.flights.pop(self.place, None)
             _wake(self.followers)
 
@@ -492,7 +493,8 @@ class _Caller:
     def _given(self) -> Reply:
         """The reply that begins with what has arrived by now."""
         assert self.flight is not None
-        head, led = Head(), self.flight.leader.led()
+        head, leader = Head(), self.flight.leader
+        led = leader.led() if leader is not None else None
         if led is not None:
             head.model = led.model
         reply = Reply(
@@ -647,8 +649,9 @@ class _Caller:
         """How many attempts the leader has begun, and how many of them have ended; None where it is another process."""
         assert self.flight is not None
         leader = self.flight.leader
-        trail = leader._call.trail
-        return None if leader._outlet is None else (trail.attempts_begun, len(trail.attempts))
+        if leader is None or leader._outlet is None:
+            return None
+        return leader._call.trail.attempts_begun, len(leader._call.trail.attempts)
 
     def _limit_message(self, what: str, limit: float) -> str:
         return f"{self._call.model}: {what} {limit:g} s; an identical call, which this one followed, goes on"
@@ -668,6 +671,8 @@ class _Caller:
         flight = self.flight
         assert flight is not None
         leader = flight.leader
+        if leader is None:
+            return
         self._still = 0 if leader.loop.is_running() else self._still + 1
         if leader.loop.is_closed() or self._still >= STILL:
             if leader._outlet is not None:
@@ -699,7 +704,7 @@ class _Caller:
         assert flight is not None
         flight.abandon(self)  # if it relays, or was about to take over
         leader = flight.leader
-        if leader is not self and not flight.followers:
+        if leader is not None and leader is not self and not flight.followers:
             with contextlib.suppress(RuntimeError):  # its loop is closed
                 leader.loop.call_soon_threadsafe(leader._looked)
 
@@ -723,6 +728,11 @@ class _NoClaim:
         """Nobody waits for it."""
 
 
+def _nothing() -> int:
+    """Nothing has arrived, and nobody is told."""
+    return 0
+
+
 class _Outlet:
     """Publishes what arrives to other processes, a few times a second at most."""
 
@@ -733,6 +743,7 @@ class _Outlet:
         self._clock = clock
         self._pause = PUBLISH_S
         self._seen = -1
+        self._looked: Callable[[], int] = _nothing
         self._pending: list[tuple[str, str]] = []
         self._publishing: asyncio.Task[None] | None = None
         self._timer: TimerHandle | None = None
@@ -778,7 +789,7 @@ class _Outlet:
 
     async def close(self, failure: str | None = None) -> None:
         """It has ended: publish the rest, where somebody follows, and release the claim."""
-        claim = self.claim
+        claim, self._looked = self.claim, _nothing
         if self._timer is not None:
             self._timer.cancel()
         if not self._closed:

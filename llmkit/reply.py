@@ -498,6 +498,7 @@ class Reply:
         if isinstance(outcome.error, LLMKitError):
             outcome.error.spent = self.cost_usd
         self._hooks.clear()
+        self._close = self._heard = self._wanted = None  # a reply that is kept keeps no client alive
         # Without the reply: a ring of the two would wait for the garbage collector, whose time every call would pay.
         self.outcome = _COMPLETE if outcome.status == "complete" else Outcome(outcome.status, outcome.error)
         self._wake()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llmkit.clock import Clock
     from llmkit.config import Config
     from llmkit.endpoint import Endpoint
+    from llmkit.flight import SingleFlight
     from llmkit.layers.breaker import Breakers
     from llmkit.ledger import Ledger
     from llmkit.pipeline import Layer
@@ -29,6 +30,7 @@ def standard(
     budgets: Budgets,
     answers: AnswerCache,
     key_of: Callable[[Call, Endpoint], str | None],
+    flights: SingleFlight,
 ) -> list[Layer]:
     """The chain of every client, outermost first."""
     # Here and not above: none of this is needed before the first call, and loading must stay instant.
@@ -46,7 +48,7 @@ def standard(
         Record(ledger),
         # guardrails: what may be asked, and what may be answered
         # trim: what does not fit the window goes, before the cache key is made
-        Cache(answers, key_of, clock),  # a hit costs neither money nor rate limit
+        Cache(answers, key_of, clock, flights),  # a hit costs neither money nor rate limit
         Degraded(clock),
         # tier and cascade: which chain this call deserves
         Fallback(clock),
