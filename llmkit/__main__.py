@@ -23,6 +23,8 @@ examples:
   llmkit lab                       JupyterLab on the quickstart notebook
   llmkit lab ~/work --no-browser   in that folder; what llmkit does not know goes to jupyter lab
   llmkit doctor                    what llmkit finds here: keys (never shown), servers, settings, store
+  llmkit report model 7d           what calls cost and what was saved: by day, hour, week, month, model, user or tag
+  llmkit export calls.csv          the ledger as .csv, .jsonl or .parquet
   llmkit simulate --port 8765      the simulator as a server for any client
 """
 
@@ -49,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     lab.add_argument("path", nargs="?", metavar="PATH", help="a notebook to open, or a folder to put the quickstart in")
 
     commands.add_parser("doctor", help="what llmkit finds here, and what is wrong with it")
+
+    report = commands.add_parser("report", help="what was spent, and what was saved")
+    report.add_argument("by", nargs="?", metavar="BY", help="day (default), hour, week, month, model, user or tag")
+    report.add_argument("since", nargs="?", metavar="SINCE", help="how far back: 30d (default), 12h, 2w …")
+
+    export = commands.add_parser("export", help="the ledger as a file: every call with its attempts")
+    export.add_argument("path", metavar="PATH", help="a file that ends in .csv, .jsonl or .parquet")
+    export.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
 
     simulate = commands.add_parser(
         "simulate", help="serve the simulator over HTTP, for any client of either wire format"

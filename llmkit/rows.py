@@ -137,8 +137,10 @@ def call_ended(call: Call, outcome: Outcome, *, now: float, attempts: int, retri
 
 
 def call_row(row: Row) -> Row:
-    """A row of calls as people get it: ``tags`` a dictionary, ``cost_usd`` a Decimal. ``row`` is used up."""
+    """A row of calls as people get it: ``tags`` a dictionary, USD as Decimals. ``row`` is used up."""
     row["tags"] = json.loads(row["tags"])
+    saved = row.pop("saved_nanos")
+    row["saved_usd"] = None if saved is None else from_nanos(saved)
     return _with_python_types(row)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit.calendar import CALENDAR, window, windows
 from llmkit.errors import ConfigError
 from llmkit.money import money
+from llmkit.redaction import tidy
 from llmkit.settings import Rule, nearest
 from llmkit.state.store import QUARTER_S
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from llmkit.ledger import Ledger
 
-__all__ = ["KEYS", "MEASURES", "asked", "frame", "keys", "moment", "summary"]
+__all__ = ["KEYS", "MEASURES", "asked", "frame", "keys", "moment", "summary", "table"]
 
 KEYS = ("model", "user", "tag", *CALENDAR)
 
@@ -162,6 +163,27 @@ def _typed(summed: pd.DataFrame, by: tuple[str, ...], times: Sequence[str], zone
     order = [*times, "cost_usd", "calls"]
     ascending = [True] * len(times) + [False, False]
     return shown[[*by, *MEASURES]].sort_values(order, ascending=ascending, ignore_index=True)
+
+
+def table(frame: pd.DataFrame) -> str:
+    """Such a frame as text, for a terminal."""
+    formats = {"hour": "%Y-%m-%d %H:%M %Z", "month": "%Y-%m"}
+    columns: dict[str, list[str]] = {}
+    for name, column in frame.items():
+        if name in CALENDAR:
+            columns[str(name)] = [each.strftime(formats.get(str(name), "%Y-%m-%d")) for each in column]
+        elif name in _NANOS:
+            columns[str(name)] = [money(round(Decimal(str(each)), 9)) for each in column]
+        elif name in MEASURES:
+            columns[str(name)] = [f"{each:,}" for each in column]
+        else:
+            columns[str(name)] = [tidy(each, limit=60) for each in column.fillna("-")]
+    lines = []
+    widths = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
+    for at in range(-1, len(frame)):
+        cells = {name: name.replace("_", " ") if at < 0 else column[at] for name, column in columns.items()}
+        lines.append("  ".join(c.rjust(widths[n]) if n in MEASURES else c.ljust(widths[n]) for n, c in cells.items()))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def asked(words: Sequence[str]) -> tuple[str, str]:

@@ -122,7 +122,7 @@ def test_a_call_that_went_well(ledger):
         "reasoning_tokens": 0,
         "estimated": False,
         "cost_usd": Decimal("0.00123"),
-        "saved_nanos": None,
+        "saved_usd": None,
         "latency_s": 0.5,
         "time_to_first_token_s": 0.1,
         "attempts": 1,

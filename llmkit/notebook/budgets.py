@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_DOWN, Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit.config import WINDOWS
@@ -13,13 +13,13 @@ from llmkit.money import amount, money
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
 
     from llmkit.config import BudgetSettings, Limit
 
-__all__ = ["in_brief", "in_words", "lifted", "read", "table"]
+__all__ = ["in_brief", "in_words", "lifted", "of_request", "read", "table"]
 
 USAGE = "%llm budget session=1usd day=5usd month=100000tokens user.ana.day=2usd tag.app=docs.day=1usd at_limit=warn"
 LIFT = "%llm budget off lifts them"
@@ -64,6 +64,18 @@ def in_words(budget: BudgetSettings, cell: object = None) -> str:
     return f"{'; '.join(parts)} ({LIFT})"
 
 
+def of_request(budget: BudgetSettings, cell: object = None) -> str:
+    """What a single request may cost."""
+    caps = []
+    if cell is not None:
+        caps.append(f"${cell} (as %config says)")
+    elif budget.request_usd is not None:
+        caps.append(amount(budget.request_usd) + ("" if budget.request_usd_set else " (by default)"))
+    if budget.request_tokens is not None:
+        caps.append(f"{budget.request_tokens:,} tokens")
+    return f"at most {' and '.join(caps)}" if caps else "no cap"
+
+
 def _listed(words: Sequence[str]) -> str:
     shown = list(words[:MANY])
     return ", ".join(shown if len(shown) == len(words) else [*shown, f"and {len(words) - MANY} more"])
@@ -95,17 +107,10 @@ class _Row(NamedTuple):
 
 def table(frame: pd.DataFrame, budget: BudgetSettings, cell: object = None) -> str:
     """`AsyncClient.budgets` as a block of text, with what holds for all limits above it."""
-    rows = [_row(each) for each in frame.to_dict("records")]
-    request = []
-    if cell is not None:
-        request.append(f"${cell} a cell (as %config says)")
-    elif budget.request_usd is not None:
-        request.append(amount(budget.request_usd) + ("" if budget.request_usd_set else " (by default)"))
-    if budget.request_tokens is not None:
-        request.append(f"{budget.request_tokens:,} tokens")
+    rows = _rows(frame, budget)
     then = {"error": "an error", "downgrade": "a cheaper model of the chain, else an error", "warn": "a warning"}
     lines = [
-        f"each request: {' and '.join(request) or 'no cap'}",
+        f"a request:    {of_request(budget, cell)}",
         f"at a limit:   {then[budget.at_limit]}; a warning from {budget.warn_at:.0%} on",
         f"time zone:    {budget.timezone}",
     ]
@@ -114,7 +119,10 @@ def table(frame: pd.DataFrame, budget: BudgetSettings, cell: object = None) -> s
     widths = [max(len(row[column]) for row in (_HEAD, *rows)) for column in range(len(_HEAD))]
     lines += ["", *(_aligned(row, widths) for row in (_HEAD, *rows))]
     if any(limit.is_default for limit in budget.limits):
-        lines += ["", f"(by default) holds for paid models only; {LIFT}, day=off one of them"]
+        lines += [
+            "",
+            f"what is set by default holds for paid models only; day=off lifts one, {LIFT.replace('them', 'all')}",
+        ]
     return "\n".join(lines)
 
 
@@ -123,17 +131,42 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([*cells, row[7]]).rstrip()
 
 
-def _row(given: Mapping[Any, Any]) -> _Row:
-    unit = str(given["unit"])
-    limit, spent, held, unknown, left = (_value(given[n], unit) for n in ("limit", "spent", "held", "unknown", "left"))
-    used, scope = f"{float(given['share']):.0%}", tidy(str(given["scope"]), limit=60)
-    return _Row(scope, limit, spent, held, unknown, left, used, resets(given["resets_at"]))
+def _rows(frame: pd.DataFrame, budget: BudgetSettings) -> list[_Row]:
+    default = {limit.window for limit in budget.limits if limit.is_default}
+    return [_row(each, default) for each in frame.to_dict("records")]
 
 
-def _value(value: Any, unit: str) -> str:
+def _row(given: Mapping[Any, Any], default: set[str]) -> _Row:
+    usd, scope = given["unit"] == "usd", tidy(str(given["scope"]), limit=60)
+    if usd and given["kind"] == "all" and given["window"] in default:
+        scope += " (by default)"
+    spent: Callable[[Decimal], str] = money if usd else _tokens
+    return _Row(
+        scope,
+        _shown(given["limit"], amount if usd else _tokens),
+        _shown(given["spent"], spent),
+        _shown(given["held"], spent),
+        _shown(given["unknown"], spent),
+        _shown(given["left"], _left if usd else _tokens),
+        f"{float(given['share']):.0%}",
+        "with the kernel" if given["window"] == "session" else resets(given["resets_at"]),
+    )
+
+
+def _shown(value: Any, words: Callable[[Decimal], str]) -> str:
     if value is None or value != value:  # noqa: PLR0124 - not a number: nobody knows
         return "?"
-    return money(Decimal(str(value))) if unit == "usd" else f"{int(value):,} tokens"
+    return words(round(Decimal(str(value)), 9))
+
+
+def _tokens(number: Decimal) -> str:
+    return f"{number:,.0f} tokens"
+
+
+def _left(usd: Decimal) -> str:
+    """Rounded down: no more than there is."""
+    places = Decimal("0.01") if usd >= 1 else Decimal("0.0001") if usd >= Decimal("0.01") else None
+    return money(usd if places is None else usd.quantize(places, ROUND_DOWN))
 
 
 def resets(at: Any) -> str:
@@ -143,10 +176,10 @@ def resets(at: Any) -> str:
     return f"{at:%a %Y-%m-%d %H:%M} {at.tzname()}"
 
 
-def in_brief(frame: pd.DataFrame) -> list[str]:
+def in_brief(frame: pd.DataFrame, budget: BudgetSettings) -> list[str]:
     """One line a limit: how much of it is used."""
     lines = []
-    for row in map(_row, frame.to_dict("records")):
+    for row in _rows(frame, budget):
         held = "" if row.held in {"$0", "0 tokens"} else f", {row.held} held"
         lines.append(f"{row.scope}: {row.spent} of {row.limit} ({row.used}){held}")
     return lines

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from llmkit import spending
 from llmkit.errors import ConfigError
 from llmkit.money import money
+from llmkit.notebook import budgets
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import pandas as pd
 
     from llmkit.layers.breaker import Circuit
     from llmkit.notebook.magics import LLMMagics
@@ -20,12 +25,21 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 # Promised for later, so neither unknown nor misspelt.
-LATER = ("budget", "cache", "show", "report", "dashboard", "record", "replay", "live", "doctor")
+LATER = ("show", "dashboard", "record", "replay", "live", "doctor")
 
 HELP = """\
-%llm                               what is in force: model, caps, spending, circuits
+%llm                               what is in force: model, budgets, spending, cache, circuits
 %llm models                        aliases and providers
 %llm use MODEL[,FALLBACK…]         the model of the cells that follow
+%llm budget                        every limit: spent, held, left, when it resets
+%llm budget day=5usd …             set limits for this session: session, hour, day, week, month, total, request;
+                                   user.ana.day=2usd, tag.app=docs.day=1usd, month=100000tokens, at_limit=warn
+%llm budget day=off                lift one; %llm budget off lifts all
+%llm cache                         how many answers are stored, and what they saved
+%llm cache clear                   remove them; %llm cache off and on: for this session
+%llm report [day|hour|week|month|model|user|tag] [SINCE]
+                                   what was spent, and saved, as a DataFrame; SINCE is 7d, 12h, 30m …
+%llm export PATH [--overwrite]     the ledger as .csv, .jsonl or .parquet
 %llm breakers                      the circuit of every endpoint used
 %llm breakers reset [ENDPOINT]     close them, or one
 %llm breakers isolate ENDPOINT     admit no call until reset
@@ -42,7 +56,7 @@ def run(magics: LLMMagics, line: str) -> Any:
     Raises:
         ConfigError: no such command (with the nearest one), or not with these words.
     """
-    name, *words = line.split() or ["status"]
+    name, *words = _split(line) or ["status"]
     command = _COMMANDS.get(name)
     if command is not None:
         return command(magics, words)
@@ -52,6 +66,16 @@ def run(magics: LLMMagics, line: str) -> Any:
     hint = f"; did you mean %llm {near[0]}?" if near else ""
     step = "%llm help lists them all; a prompt stands in a cell of its own, below %%llm"
     raise ConfigError(f"there is no command %llm {name:.60}{hint}", next_step=step)
+
+
+def _split(line: str) -> list[str]:
+    """The words of a line; quotes keep one together, and a backslash is one, since paths have them."""
+    lexer = shlex.shlex(line, posix=True)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
+    try:
+        return list(lexer)
+    except ValueError:  # a quote that is not closed: a sentence, perhaps
+        return line.split()
 
 
 def _no_more(words: list[str], usage: str) -> None:
@@ -71,7 +95,9 @@ def _status(magics: LLMMagics, words: list[str]) -> None:
     _no_more(words, "%llm")
     session = magics.session
     chosen = f"{magics.model} (chosen here)" if magics.model else str(session.default)
-    lines = [("model", chosen), ("caps", _caps(magics).removeprefix("cap ")), ("spent", _spent(magics))]
+    lines = [("model", chosen), ("request", budgets.of_request(session.budget, magics.max_cost))]
+    lines += [("budget", line) for line in budgets.in_brief(_budgets(magics), session.budget)]
+    lines += [("spent", _spent(magics)), ("cache", _cached(magics))]
     unwell = [circuit for circuit in session.client.circuits if circuit.state != "closed"]
     lines.append(("circuits", "; ".join(_circuit(circuit) for circuit in unwell) or "all closed"))
     if session.config.file:
@@ -83,9 +109,7 @@ def _status(magics: LLMMagics, words: list[str]) -> None:
 
 
 def _caps(magics: LLMMagics) -> str:
-    if magics.max_cost is not None:
-        return f"cap ${magics.max_cost} a cell (as %config says)"
-    return magics.session.caps()
+    return budgets.in_words(magics.session.budget, magics.max_cost)
 
 
 def _spent(magics: LLMMagics) -> str:
@@ -99,6 +123,72 @@ def _spent(magics: LLMMagics) -> str:
     unknown = sum(cost is None for cost in costs)
     calls = f"{len(mine)} call{'' if len(mine) == 1 else 's'}"
     return f"{money(total)} in this session, {calls}" + (f", {unknown} of unknown cost" if unknown else "")
+
+
+# -- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def _budgets(magics: LLMMagics) -> pd.DataFrame:
+    session = magics.session
+    return session.portal.run(session.client.budgets())
+
+
+def _budget(magics: LLMMagics, words: list[str]) -> None:
+    session = magics.session
+    if words == ["off"]:
+        session.client.set_budgets(**budgets.lifted(session.budget))
+        print(
+            "llmkit: all limits are lifted for this session: nothing caps what calls cost. %reload_ext llmkit restores them"
+        )
+        return
+    if words:
+        session.client.set_budgets(**budgets.read(words))
+        print("set for this session; to keep it, write it to [budget] in llmkit.toml\n")
+    print(budgets.table(_budgets(magics), session.budget, magics.max_cost))
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+
+
+def _cache(magics: LLMMagics, words: list[str]) -> None:
+    if len(words) > 1 or (words and words[0] not in {"clear", "off", "on"}):
+        raise ConfigError(f"%llm cache {' '.join(words)[:60]}?", next_step="write %llm cache [clear|off|on]")
+    cache, run = magics.session.client.cache, magics.session.portal.run
+    if words == ["clear"]:
+        removed = run(cache.clear())
+        print(f"llmkit: {removed:,} {'answer is' if removed == 1 else 'answers are'} removed from {cache.location}")
+    elif words:
+        cache.enabled = words == ["on"]
+        state = "on" if cache.enabled else "off: nothing is looked up or stored until %llm cache on"
+        print(f"llmkit: the cache is {state}")
+    else:
+        saved = Decimal(str(magics.session.client.spend("model")["saved_usd"].sum()))
+        lines = [
+            ("answers", _cached(magics)),
+            ("in all", f"saved {money(saved)}, by all calls in the ledger"),
+            ("kept in", cache.location),
+        ]
+        print("\n".join(f"{name:<10}{text}" for name, text in lines))
+
+
+def _cached(magics: LLMMagics) -> str:
+    """What is stored, and what this session had of it."""
+    cache = magics.session.client.cache
+    entries, size = magics.session.portal.run(cache.contents())
+    hits = (
+        f"{cache.hits} hit{'' if cache.hits == 1 else 's'} and {cache.misses} miss{'' if cache.misses == 1 else 'es'}"
+    )
+    return (
+        ("" if cache.enabled else "off; ")
+        + f"{entries:,} answer{'' if entries == 1 else 's'} ({_bytes(size)}); "
+        + f"{hits} in this session, saved {money(cache.saved_usd)}"
+    )
+
+
+def _bytes(size: int) -> str:
+    scale = next((each for each in (10**9, 10**6, 10**3) if size >= each), 1)
+    unit = {10**9: "GB", 10**6: "MB", 10**3: "kB"}.get(scale, "bytes")
+    return f"{size / scale:.3g} {unit}"
 
 
 def _models(magics: LLMMagics, words: list[str]) -> None:
@@ -177,6 +267,24 @@ def _calls(magics: LLMMagics, words: list[str]) -> Any:
     return magics.session.client.calls(limit=int(number))
 
 
+def _report(magics: LLMMagics, words: list[str]) -> Any:
+    by, since = spending.asked(words)
+    frame = magics.session.client.spend(by=by, since=since)
+    print(spending.summary(frame, by, since))
+    if hasattr(magics.shell, "kernel"):
+        return frame
+    print(f"\n{spending.table(frame)}")  # pandas would leave columns out
+    return None
+
+
+def _export(magics: LLMMagics, words: list[str]) -> None:
+    paths = [word for word in words if word != "--overwrite"]
+    if len(paths) != 1 or len(words) > 2:
+        raise ConfigError("export where to?", next_step="%llm export PATH.csv, .jsonl or .parquet [--overwrite]")
+    calls = magics.session.client.export(paths[0], overwrite=len(words) == 2)
+    print(f"llmkit: {calls:,} call{'' if calls == 1 else 's'} with all attempts in {paths[0]}")
+
+
 def _why(magics: LLMMagics, words: list[str]) -> None:
     _no_more(words[1:], "%llm why [REQUEST_ID]")
     ledger = magics.session.client.ledger
@@ -230,6 +338,10 @@ _COMMANDS: dict[str, Callable[[LLMMagics, list[str]], Any]] = {
     "status": _status,
     "models": _models,
     "use": _use,
+    "budget": _budget,
+    "cache": _cache,
+    "report": _report,
+    "export": _export,
     "breakers": _breakers,
     "calls": _calls,
     "why": _why,

@@ -97,7 +97,8 @@ def _of_reply(reply: Reply, interrupted: bool, timings: bool) -> Iterator[Part]:
         yield Part(_tokens(reply.usage))
     yield _cost(reply.attempts, reply.cost_usd)
     if timings and reply.latency_s is not None:
-        first = "" if reply.time_to_first_token_s is None else f" (first token {_seconds(reply.time_to_first_token_s)})"
+        at_once = reply.source == "cache" or reply.time_to_first_token_s is None
+        first = "" if at_once else f" (first token {_seconds(reply.time_to_first_token_s or 0)})"
         yield Part(f"{_seconds(reply.latency_s)}{first}")
     yield _source(reply)
     yield from _detours(reply)
@@ -198,6 +199,8 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 
 
 def _seconds(seconds: float) -> str:
+    if seconds < 0.001:
+        return "under 1 ms"
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"

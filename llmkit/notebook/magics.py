@@ -12,6 +12,7 @@ from traitlets import Bool, Enum, Float, Int, Unicode, Union, validate
 from llmkit.call import CACHE_MODES
 from llmkit.errors import ConfigError, LLMKitError
 from llmkit.notebook.arguments import FORMATS, documented, parse
+from llmkit.notebook.budgets import in_words
 from llmkit.notebook.session import MODES, Session, display_mode
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ class LLMMagics(Magics):
     def _greet(self) -> None:
         display_mode(self.display)
         default = f"{self.model} (as %config says)" if self.model else str(self.session.default)
-        print(f"llmkit: {'' if default.startswith('the ') else 'model '}{default} · {self.session.caps()}")
+        print(
+            f"llmkit: {'' if default.startswith('the ') else 'model '}{default} · {in_words(self.session.budget, self.max_cost)}"
+        )
         for notice in self.session.config.notices:
             print(f"llmkit: {notice}")
 

@@ -12,7 +12,7 @@ from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmkit.client import AsyncClient
-    from llmkit.config import Default
+    from llmkit.config import BudgetSettings, Default
     from llmkit.portal import Portal
 
 __all__ = ["MODES", "Session", "display_mode"]
@@ -69,6 +69,11 @@ class Session:
         return self._client
 
     @property
+    def budget(self) -> BudgetSettings:
+        """The limits in force: those of the settings, or what has been set since."""
+        return self.config.budget if self._client is None else self._client.config.budget
+
+    @property
     def portal(self) -> Portal:
         """The loop that the client's calls run on."""
         from llmkit import portal
@@ -80,11 +85,3 @@ class Session:
         client, self._client = self._client, None
         if client is not None:
             self.portal.run(client.aclose())
-
-    def caps(self) -> str:
-        """The caps that hold where a cell sets none, in words."""
-        budget = self.config.budget
-        caps = [] if budget.request_usd is None else [f"${budget.request_usd:.2f} a request"]
-        if budget.request_tokens is not None:
-            caps.append(f"{budget.request_tokens:,} tokens a request")
-        return f"cap {' and '.join(caps)}" if caps else "no cap"

@@ -29,12 +29,21 @@ def run(shell, code):
 
 def test_loading_says_in_one_line_what_will_be_used(bare, folder) -> None:
     shown = run(bare, "%load_ext llmkit")
-    assert shown.stdout == "llmkit: model tiny (from llmkit.toml) · cap $0.50 a request\n"
+    caps = "caps for paid models: $0.50 a request, $5 a session, $20 a day (%llm budget off lifts them)"
+    assert shown.stdout == f"llmkit: model tiny (from llmkit.toml) · {caps}\n"
+
+
+def test_budgets_that_were_set_are_named(bare, folder, server) -> None:
+    (folder / "llmkit.toml").write_text(
+        server.settings() + "[budget]\nday = { usd = 2 }\nsession = { usd = 'off' }\n", "utf-8"
+    )
+    said = run(bare, "%load_ext llmkit").stdout
+    assert "· caps: $2 a day; by default, for paid models: $0.50 a request (%llm budget off lifts them)\n" in said
 
 
 def test_notices_are_said(bare, folder, server) -> None:
-    (folder / "llmkit.toml").write_text(server.settings() + "[budget]\nday = { usd = 5 }\n", "utf-8")
-    assert "\nllmkit: [budget] day: not enforced" in run(bare, "%load_ext llmkit").stdout
+    (folder / "llmkit.toml").write_text(server.settings() + "[rate_limit]\nrequests = 5\n", "utf-8")
+    assert "\nllmkit: [rate_limit] has no effect" in run(bare, "%load_ext llmkit").stdout
 
 
 def test_a_second_load_is_harmless(shell) -> None:
