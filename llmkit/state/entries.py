@@ -229,9 +229,9 @@ class SQLiteEntries:
         if not rows:
             return None
         value, expires = rows[0]
-        if type(value) is not bytes or not (
-            expires is None or (type(expires) is float and expires > self._clock.time())
-        ):
+        is_good = expires is None or (type(expires) is float and expires > self._clock.time())
+        if not is_good or type(value) is not bytes:
+            await self.delete(key)
             return None
         used = self._used
         used.pop(key, None)
