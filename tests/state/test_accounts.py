@@ -27,6 +27,7 @@ from llmkit.account import Account, Balance, Hold, HoldRefused, Release, Sent, S
 from llmkit.state.memory import MemoryStore
 from llmkit.state.sqlite import SQLiteStore
 from llmkit.state.store import AttemptBegun, AttemptEnded, CallBegun, CallEnded, DuplicateCall
+from tests.state.served_accounts import ServedAccounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,8 +86,12 @@ KINDS = {"memory": in_memory, "sqlite": in_sqlite}
 STORES = ["memory", "sqlite"]  # those that keep the ledger as well
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, pytest.param("redis", marks=pytest.mark.redis)])
 def accounts(request):
+    if request.param == "redis":
+        with ServedAccounts(request.getfixturevalue("redis_server"), NOW) as opened:
+            yield opened
+        return
     with KINDS[request.param]() as opened:
         yield opened
 
@@ -321,13 +326,13 @@ def test_holds_of_the_dead_are_unknown_if_they_were_sent_and_released_if_not(acc
     asyncio.run(main())
 
 
-def test_a_lease_is_asked_only_where_nobody_knows_whether_the_owner_lives(accounts):
+def test_a_lease_is_asked_only_where_nobody_knows_whether_the_owner_lives(stored):  # a server never knows
     async def main():
-        await accounts.hold(hold("lives", owner="lives", expires=NOW - 100, accounts=(DAY,)))
-        await accounts.hold(hold("late", owner="elsewhere", expires=NOW - 1, slot=None, accounts=(DAY,)))
-        await accounts.hold(hold("in time", owner="elsewhere", expires=NOW + 1, accounts=(DAY,)))
-        assert await accounts.reap(NOW, lambda owner: False if owner == "lives" else None) == 1
-        assert await seen(accounts, DAY) == [(100, 200, 100, 10, 20, 10)]
+        await stored.hold(hold("lives", owner="lives", expires=NOW - 100, accounts=(DAY,)))
+        await stored.hold(hold("late", owner="elsewhere", expires=NOW - 1, slot=None, accounts=(DAY,)))
+        await stored.hold(hold("in time", owner="elsewhere", expires=NOW + 1, accounts=(DAY,)))
+        assert await stored.reap(NOW, lambda owner: False if owner == "lives" else None) == 1
+        assert await seen(stored, DAY) == [(100, 200, 100, 10, 20, 10)]
 
     asyncio.run(main())
 

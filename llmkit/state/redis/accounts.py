@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.account import Balance, Hold, HoldRefused, Release, Settle
 from llmkit.errors import StoreError
+from llmkit.state.holds import amount
 from llmkit.state.owner import current_owner, is_gone
 from llmkit.state.redis.connection import Script, ServerAway, short
 from llmkit.state.redis.endings import Ending, Endings, Known
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RedisAccounts"]
 
-LARGEST = 2**53 - 1  # what the server's Lua still counts one by one: 9 million dollars in nano-dollars
+LARGEST = 9 * 10**18  # of a sum: what the server's whole numbers hold
 KEPT_S = 60 * 86_400
 ENDED_S = 86_400  # what has ended is remembered so long, so that an ending that is delivered twice counts once
 MOST_KNOWN = 50_000
@@ -54,46 +55,41 @@ local AMOUNTS = {'nanos', 'tokens', 'booked_nanos', 'booked_tokens', 'unknown_na
 -- A count as it was stored; nil for what is none.
 local function whole(text)
     if not text then return 0 end
-    local number = tonumber(text)
-    if not number or number ~= math.floor(number) or number < 0 or number > LARGEST then return nil end
+    local number = string.match(text, '^%d+$') and tonumber(text)
+    if not number or number > LARGEST then return nil end
     return number
 end
 
--- The six counts of an account, and whether there is one; nil where something else stands there.
+-- The six counts of an account, and whether there is one; nil where something else stands there. Lua has doubles alone,
+-- which count one by one up to 9 million dollars; ``exact`` is what is stored.
 local function read(key)
     local found = redis.call('HMGET', P .. 'account:' .. key, unpack(FIELDS))
-    local account, there = {}, false
+    local account, there = {exact = {}}, false
     for i, name in ipairs(FIELDS) do
         there = there or found[i]
-        account[name] = whole(found[i])
+        account[name], account.exact[i] = whole(found[i]), found[i] or '0'
         if not account[name] then return nil end
     end
     return account, there
 end
 
--- Add what ``change`` says to an account, in the store as well.
+-- Add what ``change`` says to an account, in the store. Added up by the server, which is exact.
 local function add(key, account, change)
-    local words = {}
-    for name, by in pairs(change) do
-        if by ~= 0 then
-            account[name] = math.max(0, math.min(LARGEST, account[name] + by))
-            words[#words + 1] = name
-            words[#words + 1] = int(account[name])
-        end
+    local name = P .. 'account:' .. key
+    for i, field in ipairs(FIELDS) do
+        local by = change[field] or 0
+        local sum = account[field] + by
+        if by == 0 then -- nothing to add
+        elseif sum < 0 then redis.call('HSET', name, field, '0')
+        elseif sum > LARGEST then redis.call('HSET', name, field, int(LARGEST))
+        else redis.call('HINCRBY', name, field, int(by)) end
     end
-    if #words > 0 then redis.call('HSET', P .. 'account:' .. key, unpack(words)) end
 end
 
 -- An account that is not used for that long is forgotten. An hour more or less is not worth a write.
 local function keep(key, long)
     local name = P .. 'account:' .. key
     if redis.call('PTTL', name) < long - 3600000 then redis.call('PEXPIRE', name, int(long)) end
-end
-
-local function shown(account)
-    local words = {}
-    for i, name in ipairs(FIELDS) do words[i] = int(account[name]) end
-    return words
 end
 
 local function hold_of(id)
@@ -197,23 +193,28 @@ end
 local keys, accounts = {}, {}
 for i = 1, count do
     local key, nano_limit, token_limit = ARGV[6 + 4 * i], ARGV[7 + 4 * i], ARGV[8 + 4 * i]
-    local account = read(key)
+    local account = accounts[key] or read(key)
     if not account then return {'garbage', key} end
     if not again then
         local all_nanos = account.settled_nanos + account.held_nanos + nanos
         local all_tokens = account.settled_tokens + account.held_tokens + tokens
-        if nano_limit ~= '' and nanos > 0 and all_nanos > tonumber(nano_limit) then return {'refused', i, 'usd', shown(account)} end
-        if token_limit ~= '' and tokens > 0 and all_tokens > tonumber(token_limit) then return {'refused', i, 'tokens', shown(account)} end
+        if nano_limit ~= '' and nanos > 0 and all_nanos > tonumber(nano_limit) then return {'refused', i, 'usd', account.exact} end
+        if token_limit ~= '' and tokens > 0 and all_tokens > tonumber(token_limit) then return {'refused', i, 'tokens', account.exact} end
     end
-    keys[i], accounts[i] = key, account
+    if not accounts[key] then keys[#keys + 1] = key end
+    accounts[key] = account
 end
 local reply, change = {'held'}, {held_nanos = nanos, held_tokens = tokens}
-for i, key in ipairs(keys) do
+for _, key in ipairs(keys) do
     if not again then
-        add(key, accounts[i], change)
-        keep(key, tonumber(ARGV[9 + 4 * i]))
+        add(key, accounts[key], change)
+        accounts[key] = read(key)
     end
-    reply[i + 1] = shown(accounts[i])
+end
+for i = 1, count do
+    local key = ARGV[6 + 4 * i]
+    if not again then keep(key, tonumber(ARGV[9 + 4 * i])) end
+    reply[i + 1] = accounts[key].exact
 end
 if again then return reply end
 local name = P .. 'hold:' .. id
@@ -254,7 +255,8 @@ if hold.state == 'unknown' and how ~= 'drop' then
     return 1
 end
 if hold.state == 'dropped' then
-    if how == 'settle' then settle(hold, nanos, tokens, false) end
+    if how == 'settle' then settle(hold, nanos, tokens, false)
+    elseif how == 'release' then close(hold, 'released') end
     return 1
 end
 if hold.state or token == '' then return 0 end
@@ -277,7 +279,7 @@ reap(200)
 local found = {}
 for i, key in ipairs(ARGV) do
     local account = read(key)
-    found[i] = account and shown(account) or {}
+    found[i] = account and account.exact or {}
 end
 return found
 """,
@@ -338,7 +340,10 @@ class RedisAccounts:
 
     async def hold(self, hold: Hold) -> None:
         known = Known(
-            secrets.token_hex(8), _fit(hold.nanos), _fit(hold.tokens), tuple(short(each.key) for each in hold.accounts)
+            secrets.token_hex(8),
+            amount(hold.nanos),
+            amount(hold.tokens),
+            tuple(short(each.key) for each in hold.accounts),
         )
         self._remember(hold, known)
         try:
@@ -367,7 +372,7 @@ class RedisAccounts:
         ]
         for account, key in zip(hold.accounts, known.keys, strict=True):
             limits = (account.limit_nanos, account.limit_tokens)
-            words += [key, *("" if limit is None else str(_fit(limit)) for limit in limits)]
+            words += [key, *("" if limit is None else str(max(0, min(LARGEST, limit))) for limit in limits)]
             words.append(str(int((max(0.0, (account.resets_at or now) - now) + KEPT_S) * 1000)))
         return self._server.run(_HOLD, *words)
 
@@ -412,8 +417,8 @@ class RedisAccounts:
         if isinstance(ending, Release):
             self._endings.put(Ending(_id(ending), "release", 0, 0, known))
             return
-        nanos = None if ending.nanos is None else _fit(ending.nanos)
-        tokens = None if ending.tokens is None else _fit(ending.tokens)
+        nanos = None if ending.nanos is None else amount(ending.nanos)
+        tokens = None if ending.tokens is None else amount(ending.tokens)
         self._endings.put(Ending(_id(ending), "settle", nanos, tokens, known))
 
     # -- looking -----------------------------------------------------------------------------------------------------
@@ -463,10 +468,6 @@ def _id(of: Hold | Settle | Release) -> bytes:
 
 def _text(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")[:300]
-
-
-def _fit(number: int) -> int:
-    return max(0, min(LARGEST, number))
 
 
 def _balance(key: str, found: Any) -> Balance:
