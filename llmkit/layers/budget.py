@@ -367,6 +367,8 @@ class Budget:
     @staticmethod
     def _limited(call: Call, allowance: _Allowance) -> Call:
         """Tell the provider its limit; or, where it might refuse that number as too high, stream and cut."""
+        if allowance.held:  # the last of a budget: cut here as well, since a server may not keep what it is told
+            call = call.to(stream=True)
         most = windows.max_output(call.endpoint)
         if most is not None:
             if allowance.tokens >= most:
