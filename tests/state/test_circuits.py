@@ -17,6 +17,8 @@ from llmkit.circuit import CircuitState
 from llmkit.errors import StoreError
 from llmkit.state.circuits import MemoryCircuits, SQLiteCircuits
 from llmkit.state.owner import current_owner
+from llmkit.state.redis.circuits import RedisCircuits
+from llmkit.state.redis.connection import Server
 from llmkit.state.sqlite import SQLiteStore
 from llmkit.testing import FakeClock
 
@@ -29,10 +31,17 @@ def run(work):
     return asyncio.run(work)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.redis)])
 def circuits(request, tmp_path):
     """Two handles on one store, as two processes have them; and their clock, which begins at 1000."""
     clock = FakeClock(start=1000.0)
+    if request.param == "redis":
+        url = request.getfixturevalue("redis_server").url
+        machines = [RedisCircuits(Server(url), clock) for _ in range(2)]
+        yield *machines, clock
+        for each in machines:
+            run(each.aclose())
+        return
     if request.param == "memory":
         store = MemoryCircuits(clock)
         yield store, store, clock
