@@ -18,6 +18,7 @@ from llmkit.cache import AnswerCache
 from llmkit.call import Call, Params, Timeouts, messages_from
 from llmkit.config import BreakerSettings, Config
 from llmkit.endpoint import Endpoint, Link, Price
+from llmkit.flight import SingleFlight
 from llmkit.layers import standard
 from llmkit.layers.breaker import Breakers
 from llmkit.ledger import Ledger
@@ -26,6 +27,7 @@ from llmkit.providers.canonical import RequestKeys
 from llmkit.providers.http import Provider
 from llmkit.reply import Reply
 from llmkit.state.entries import MemoryEntries
+from llmkit.state.flights import FileFlights
 from llmkit.testing import FakeClock, Fault, Received, Simulator
 
 CALLS, AT_ONCE = 2_000, 64
@@ -85,6 +87,7 @@ class Chaos:
             budgets=Budgets(config.budget),
             answers=AnswerCache(config.cache, clock, lambda: MemoryEntries(max_bytes=10**6, clock=clock)),
             key_of=RequestKeys(),
+            flights=SingleFlight(str(tmp_path), clock, FileFlights(tmp_path / "chaos.sqlite3", clock)),
         )
         self.chain = Pipeline(layers, self.provider)
         endpoint = Endpoint(
