@@ -136,10 +136,8 @@ def test_what_is_larger_than_the_store_is_not_stored_and_what_it_replaces_is_gon
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("opener", ["memory", "sqlite"], indirect=True)  # a server has a clock of its own
 def test_what_has_expired_is_not_there(opener):
-    if opener.kind == "redis":
-        pytest.skip("the server has a clock of its own; see test_redis_entries")
-
     async def main():
         async with opener() as entries:
             now = opener.clock.time()
