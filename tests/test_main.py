@@ -57,7 +57,7 @@ def test_python_m_llmkit_and_its_help() -> None:
         check=True,
     )
     assert "examples:" in done.stdout
-    for command in ("demo", "lab", "doctor", "simulate"):
+    for command in ("demo", "lab", "doctor", "report", "export", "simulate"):
         assert f"llmkit {command}" in done.stdout
 
 
@@ -214,6 +214,42 @@ def test_doctor_tells_a_server_that_cannot_be_reached() -> None:
 def test_doctor_tells_a_store_that_cannot_be_written(elsewhere) -> None:
     (elsewhere / "llmkit.toml").write_text(f'[state]\nurl = "sqlite:///{elsewhere}/llmkit.toml/ledger"\n', "utf-8")
     assert findings(OFFLINE)["store"].state == "wrong"
+
+
+# -- report and export -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def booked():
+    """A ledger with a call and one that was answered from the cache."""
+    with llmkit.Client(model="simulator") as client:
+        for _ in range(2):
+            client.complete("Hello", user="ana", tags={"app": "docs"})
+
+
+def test_a_report_of_an_empty_ledger(capsys) -> None:
+    assert main(["report"]) == 0
+    assert capsys.readouterr().out == "no call in the last 30d\n"
+
+
+def test_a_report_by_user(booked, capsys) -> None:
+    assert main(["report", "user", "7d"]) == 0
+    head, _, names, row = capsys.readouterr().out.splitlines()
+    assert head == "$0 for 2 calls, by user, last 7d"
+    assert names.split()[:3] == ["user", "calls", "attempts"]
+    assert row.split()[:3] == ["ana", "2", "1"]
+    assert main(["report", "usr"]) == 1
+    assert "did you mean user?" in capsys.readouterr().err
+
+
+def test_the_export(booked, elsewhere, capsys) -> None:
+    assert main(["export", "calls.jsonl"]) == 0
+    assert capsys.readouterr().out == "2 calls with all attempts in calls.jsonl\n"
+    lines = [json.loads(line) for line in (elsewhere / "calls.jsonl").read_text("utf-8").splitlines()]
+    assert [line["source"] for line in lines] == ["simulated", "cache"]
+    assert main(["export", "calls.jsonl"]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert main(["export", "calls.jsonl", "--overwrite"]) == 0
 
 
 # -- demo ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def test_a_line_may_be_empty() -> None:
 
 def test_every_option_is_read() -> None:
     line = parse(
-        "answer << -m gpt-5-mini,local -s 'You are {terse}; cost $9.' -o other -t 0.5 --max-tokens 10 --max-cost 0.01 "
+        "answer << --cache refresh -m gpt-5-mini,local -s 'You are {terse}; cost $9.' -o other -t 0.5 --max-tokens 10 --max-cost 0.01 "
         r"--seed 7 --stop '\n' --stop END --user ana --tag app=docs --tag k=a=b --timeout 20 --format json "
         "--quiet --no-stream --raw"
     )
@@ -35,6 +35,7 @@ def test_every_option_is_read() -> None:
         "user": "ana",
         "tags": {"app": "docs", "k": "a=b"},
         "timeout": 20.0,
+        "cache": "refresh",
     }
     assert (line.format, line.quiet, line.stream, line.raw) == ("json", True, False, True)
 
@@ -53,6 +54,16 @@ def test_every_option_is_read() -> None:
 )
 def test_names_of_variables(line, names) -> None:
     assert parse(line).names == names
+
+
+@pytest.mark.parametrize("mode", ["use", "refresh", "off", "only"])
+def test_what_the_cache_is_for(mode) -> None:
+    assert parse(f"--cache {mode}").options == {"cache": mode}
+
+
+def test_another_use_of_the_cache_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--cache: invalid choice: 'none'"):
+        parse("--cache none")
 
 
 def test_a_preset_is_handed_on_as_it_is() -> None:

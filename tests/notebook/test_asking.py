@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from decimal import Decimal
 
 import pytest
 
-from llmkit.events import AttemptStarted, FellBack, Waiting
+from llmkit.events import AlertRaised, AttemptStarted, BudgetWarning, FellBack, Waiting
 from llmkit.notebook.asking import LONGEST_PAUSE_S, _Pace, _Progress, _uninterrupted
+from llmkit.notebook.display import Quiet
 
 
 class Time:
@@ -74,6 +76,18 @@ def test_a_fallback_stays_visible_while_the_next_one_is_asked() -> None:
     progress.hear(FellBack("r", "openai:gpt-5", "local:tiny", "ProviderOverloaded: answered 503"))
     progress.hear(AttemptStarted("r", "local:tiny", 2))
     assert progress.status() == "fell back from openai:gpt-5 (ProviderOverloaded); waiting for local:tiny, attempt 2 …"
+
+
+def test_warnings_and_alerts_are_kept_for_the_footer() -> None:
+    progress = _Progress("smart", Time())
+    progress.hear(BudgetWarning("r", "day", "the day is used up to 85 %"))
+    progress.hear(AlertRaised("r", "call", "this call cost $2", Decimal(2), Decimal(1)))
+    parts = progress.without_answer(Quiet())
+    assert [(part.text, part.below) for part in parts] == [
+        ("the day is used up to 85 %", True),
+        ("this call cost $2", True),
+    ]
+    assert progress.status() == "waiting for smart …"
 
 
 def test_reasons_from_a_server_are_kept_short() -> None:

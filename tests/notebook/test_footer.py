@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmkit.call import Attempt, Skipped
-from llmkit.notebook.footer import Part, as_html, as_text, metadata, of_attempts, of_reply, status_html
+from llmkit.call import Attempt, Skipped, Trail
+from llmkit.notebook.footer import Part, as_html, as_text, metadata, notes, of_attempts, of_reply, status_html
 from llmkit.reply import Outcome, Usage
 
 
@@ -59,7 +59,7 @@ def reply(*attempts, **fields):
         "cut": None,
         "finish_reason": "stop",
         "outcome": Outcome("complete"),
-        "call": SimpleNamespace(max_cost_usd=Decimal("0.01")),
+        "call": SimpleNamespace(max_cost_usd=Decimal("0.01"), trail=Trail()),
     }
     return SimpleNamespace(**given | fields)
 
@@ -155,6 +155,46 @@ def test_a_call_without_an_answer() -> None:
     assert as_text(of_attempts([failed(), failed(2)], 7.31)) == "openai:gpt-5-mini · 2 attempts · 7.3 s"
     assert as_text(of_attempts([failed()], 7.31, timings=False)) == "openai:gpt-5-mini · 1 attempt"
     assert of_attempts([], 1.0) == []
+
+
+def stored(source, saved):
+    """A reply that was not paid for."""
+    call = SimpleNamespace(max_cost_usd=None, trail=Trail(saved=saved))
+    found = reply(source=source, call=call, latency_s=0.0004, cost_usd=Decimal(0))
+    found.attempts = ()
+    return found
+
+
+@pytest.mark.parametrize(
+    "source, saved, words",
+    [
+        ("cache", Decimal("0.0012"), "cache, saved $0.0012"),
+        ("cache", None, "cache"),
+        ("cache", Decimal(0), "cache"),
+        ("coalesced", Decimal("1.5"), "coalesced, saved $1.50"),
+    ],
+)
+def test_an_answer_that_was_not_paid_for_says_what_it_saved(source, saved, words) -> None:
+    text = as_text(of_reply(stored(source, saved)))
+    first = "" if source == "cache" else " (first token 400 ms)"
+    assert text == f"gpt-5-mini-2025-08-07 · 12 → 240 tokens · $0 · under 1 ms{first} · {words}"
+
+
+def test_notes_are_lines_of_their_own_each_once() -> None:
+    parts = [Part("tiny"), *notes(["80 % of the day is <b>spent</b>", "alert", "alert"]), Part("$0")]
+    assert as_text(parts) == "tiny · $0\n80 % of the day is <b>spent</b>\nalert"
+    shown = as_html(parts)
+    assert shown.count("<br>") == 2
+    assert "<b>" not in shown
+    assert "&lt;b&gt;spent" in shown
+    assert as_text(notes(["only this"])) == "only this"
+
+
+def test_a_note_is_short_and_on_one_line() -> None:
+    (part,) = notes(["x\n\x1b[2J" + "y" * 10_000])
+    assert len(part.text) <= 300
+    assert "\n" not in part.text
+    assert "\x1b" not in part.text
 
 
 def test_everything_is_escaped() -> None:

@@ -9,7 +9,15 @@ import threading
 import pytest
 from IPython.utils.capture import capture_output
 
-from llmkit.errors import AllModelsFailed, ConfigError, InvalidRequest, LLMKitError, StreamBroken, TemplateError
+from llmkit.errors import (
+    AllModelsFailed,
+    ConfigError,
+    InvalidRequest,
+    LLMKitError,
+    NotCached,
+    StreamBroken,
+    TemplateError,
+)
 from llmkit.notebook.asking import Interrupted
 from llmkit.notebook.display import Terminal
 from llmkit.notebook.magics import LLMMagics
@@ -123,6 +131,47 @@ def test_every_option_reaches_the_wire(shell, server) -> None:
     assert body["stream"] is True
     row = LLMMagics.of(shell).session.client.ledger.calls(limit=1)[0]
     assert (row["user"], row["tags"]) == ("ana", {"k": "v"})
+
+
+def test_a_cell_that_is_run_again_costs_nothing_and_says_so(shell, server) -> None:
+    run(shell, "%%llm\nhi")
+    shown = run(shell, "%%llm a <<\nhi")
+    assert shown.stdout.startswith("Hello there.\n\ntiny-1 · 7 → 5 tokens · $0 · ")
+    assert shown.stdout.endswith(" · cache, saved $0.000017\n")
+    assert shell.user_ns["a"].source == "cache"
+    assert len(server.requests) == 1
+
+
+def test_a_hit_is_drawn_once(shell, monkeypatch) -> None:
+    run(shell, "%%llm\nhi")
+    drawn = []
+    for name in ("waiting", "growing", "done"):
+        monkeypatch.setattr(Terminal, name, lambda *_, name=name: drawn.append(name))
+    run(shell, "%%llm\nhi")
+    assert drawn == ["done"]
+
+
+def test_the_cache_is_used_as_the_cell_or_the_settings_say(shell, server) -> None:
+    assert isinstance(run(shell, "%%llm --cache only\nhi").error, NotCached)
+    run(shell, "%%llm\nhi")
+    run(shell, "%%llm --cache refresh\nhi")
+    run(shell, "%%llm --cache off\nhi")
+    assert len(server.requests) == 3
+    run(shell, "%config LLMMagics.cache = 'only'")
+    assert isinstance(run(shell, "%%llm\nanother").error, NotCached)
+    assert run(shell, "%%llm\nhi").error is None
+    assert run(shell, "%%llm --cache use\nanother").error is None
+    assert len(server.requests) == 4
+
+
+def test_a_warning_and_an_alert_stand_below_the_line(bare, folder, server) -> None:
+    limits = "[budget]\nrequest = { usd = 0.5 }\nday = { usd = 0.001 }\nwarn_at = 0.01\n[alerts]\ncall_usd = 0.00001\n"
+    (folder / "llmkit.toml").write_text(server.settings() + limits, "utf-8")
+    run(bare, "%load_ext llmkit")
+    said = run(bare, "%%llm --max-tokens 9\nhi").stdout.splitlines()
+    line = next(at for at, text in enumerate(said) if text.startswith("tiny-1 · "))
+    assert "day" in said[line + 1]
+    assert said[-1] == "this call cost $0.000017, more than $0.00001"
 
 
 def test_settings_hold_for_cells_that_say_nothing(shell, server) -> None:
