@@ -97,7 +97,7 @@ class RedisServer:
 
     def age(self, seconds: float) -> None:
         """Make every lease ``seconds`` older, as if the server's clock had run on."""
-        for member, _ in self.ask("ZRANGE", "llmkit:{v1}:leases", 0, -1, "WITHSCORES"):
+        for member in self.ask("ZRANGE", "llmkit:{v1}:leases", 0, -1):
             self.ask("ZINCRBY", "llmkit:{v1}:leases", -seconds * 1000, member)
 
     def names(self) -> list[str]:
