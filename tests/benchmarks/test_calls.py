@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import statistics
 from typing import Self
@@ -15,6 +16,12 @@ import llmkit
 from tests.benchmarks.conftest import Times, in_turn
 
 PROMPT = "Explain SSE in one line."
+_NUMBERS = itertools.count()
+
+
+def new_prompt() -> str:
+    """One that was never asked: a stored answer is another matter (test_cache.py)."""
+    return f"{PROMPT} {next(_NUMBERS)}"
 
 
 def body(*, stream: bool = False, tokens: int | None = None) -> dict:
@@ -24,8 +31,8 @@ def body(*, stream: bool = False, tokens: int | None = None) -> dict:
     return document
 
 
-def config(url: str, tmp_path, latency_ms: int = 0) -> llmkit.Config:
-    """Every layer on, a price known, the ledger on disk."""
+def config(url: str, tmp_path, latency_ms: int = 0, **settings) -> llmkit.Config:
+    """Every layer on: a price known, so budgets hold and settle, ledger and cache on disk."""
     return llmkit.Config.load(
         start=tmp_path,
         environ={"LLMKIT_DATA_DIR": str(tmp_path)},
@@ -39,6 +46,7 @@ def config(url: str, tmp_path, latency_ms: int = 0) -> llmkit.Config:
                 "max_output": 4096,
             }
         },
+        **settings,
     )
 
 
@@ -66,7 +74,7 @@ class Pair:
         return response.json()["choices"][0]["message"]["content"]
 
     async def by_llmkit(self) -> str:
-        return (await self.llmkit.complete(PROMPT)).text
+        return (await self.llmkit.complete(new_prompt())).text
 
     async def __aenter__(self) -> Self:
         assert await self.by_httpx() == await self.by_llmkit()
@@ -169,7 +177,7 @@ def test_streamed_chunk(benchmark, server, tmp_path, state, chunks: int) -> None
 
             async def by_llmkit() -> int:
                 text = []
-                async with pair.llmkit.stream(PROMPT, max_tokens=chunks) as reply:
+                async with pair.llmkit.stream(new_prompt(), max_tokens=chunks) as reply:
                     async for chunk in reply:
                         text.append(chunk.text)
                 return len("".join(text))

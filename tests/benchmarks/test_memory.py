@@ -8,7 +8,7 @@ import resource
 from pathlib import Path
 
 import llmkit
-from tests.benchmarks.test_calls import PROMPT, config, pooled
+from tests.benchmarks.test_calls import config, new_prompt, pooled
 
 
 def resident_mb() -> float:
@@ -21,9 +21,11 @@ def resident_mb() -> float:
 def test_100_000_calls(benchmark, server, tmp_path) -> None:
     async def main() -> list[float]:
         levels = []
-        async with llmkit.AsyncClient(config=config(server, tmp_path)) as client:
+        async with llmkit.AsyncClient(
+            config=config(server, tmp_path, cache={"memory_bytes": "1MB"}, budget={"session": {"usd": 1000}})
+        ) as client:
             for _ in range(10):
-                await pooled(lambda: client.complete(PROMPT), 10_000, 64)
+                await pooled(lambda: client.complete(new_prompt()), 10_000, 64)
                 gc.collect()
                 levels.append(resident_mb())
             assert len(client.calls(limit=200_000)) == 100_000
