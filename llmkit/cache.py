@@ -110,8 +110,8 @@ class AnswerCache:
             entries = self._entries or await self._first_opened()
             if now - self._checked >= CHECK_S:
                 await self._check(entries, now)
-                if (answer := self._copy_of(key, now)) is not None:
-                    return answer
+            if (answer := self._copy_of(key, now)) is not None:
+                return answer
             found = await entries.get(key)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a store, the call goes on
             self._rest(error)

@@ -75,6 +75,7 @@ _SWEEP = "DELETE FROM entries WHERE rowid IN (SELECT rowid FROM entries ORDER BY
 _RENEW = "UPDATE sums SET generation = generation + 1"
 
 PATIENCE_S = 2.0  # an answer is not worth a longer wait
+_TIMES = {float, type(None)}
 _MOST_USED = 4_096  # entries of which it is remembered, and not yet written, that they were used
 _ROWS_A_CHECKPOINT = 1_000  # answers are long
 _PUTS_A_SWEEP = 64  # after so many, the oldest rows are looked through for those that have expired
@@ -229,8 +230,10 @@ class SQLiteEntries:
         if not rows:
             return None
         value, expires = rows[0]
-        is_good = expires is None or (type(expires) is float and expires > self._clock.time())
-        if not is_good or type(value) is not bytes:
+        if type(value) is not bytes or type(expires) not in _TIMES:
+            log.warning("an answer in the cache %s cannot be used: its row is damaged; it is removed", self._path)
+            expires = 0.0
+        if expires is not None and not expires > self._clock.time():
             await self.delete(key)
             return None
         used = self._used
