@@ -10,7 +10,7 @@ from llmkit.state.migrations import MOST
 from llmkit.state.store import QUARTER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from llmkit.account import Account, Balance, Hold, Release
 
@@ -63,7 +63,7 @@ class Held(NamedTuple):
 
 def amount(given: int) -> int:
     """What an attempt can have cost: not less than nothing, nor so much that sums would overflow."""
-    return max(0, min(given, MOST))
+    return given if 0 <= given <= MOST else max(0, min(given, MOST))  # what is right is so without a call
 
 
 def counted(held: Held) -> Amounts:
@@ -106,7 +106,7 @@ def difference(new: Amounts, old: Amounts) -> Amounts:
     return tuple(a - b for a, b in zip(new, old, strict=True))  # type: ignore[return-value]
 
 
-def check(hold: Hold, balances: Mapping[str, Balance]) -> None:
+def check(hold: Hold, balances: Sequence[Balance]) -> None:
     """That the hold fits, ``balances`` being those of its accounts with the hold in them.
 
     A hold of no USD always fits a limit in USD, however full that is; the same of tokens.
@@ -114,12 +114,11 @@ def check(hold: Hold, balances: Mapping[str, Balance]) -> None:
     Raises:
         HoldRefused: it does not.
     """
-    for account in hold.accounts:
-        balance = balances[account.key]
+    for account, balance in zip(hold.accounts, balances, strict=True):
         usd, tokens = account.limit_nanos, account.limit_tokens
-        if usd is not None and hold.nanos > 0 and balance.settled_nanos + balance.held_nanos > usd:
+        if usd is not None and balance.settled_nanos + balance.held_nanos > usd and hold.nanos > 0:
             unit = "usd"
-        elif tokens is not None and hold.tokens > 0 and balance.settled_tokens + balance.held_tokens > tokens:
+        elif tokens is not None and balance.settled_tokens + balance.held_tokens > tokens and hold.tokens > 0:
             unit = "tokens"
         else:
             continue

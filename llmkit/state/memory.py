@@ -216,11 +216,12 @@ class MemoryStore:
             after = added(self._accounts[account.key], (0, nanos, 0, 0, tokens, 0))
             self._put(self._accounts, account.key, after)
             balances[account.key] = Balance(account.key, *after)
-        check(change, balances)
+        in_order = [balances[account.key] for account in change.accounts]
+        check(change, in_order)
         row = (change.request_id, change.number, tuple(balances), nanos, tokens)
         held = Held(*row, change.owner, change.expires, change.slot, HELD)
         self._put(self._holds, (held.request_id, held.number), held)
-        change.balances[:] = [balances[account.key] for account in change.accounts]
+        change.balances[:] = in_order
 
     def _end_hold(self, ending: Settle | Release) -> None:
         key = (ending.request_id, ending.number)

@@ -197,10 +197,7 @@ _ACCOUNTS = (
         settled_tokens INTEGER NOT NULL,
         held_tokens INTEGER NOT NULL,
         unknown_tokens INTEGER NOT NULL,
-        resets_at REAL,
-        CHECK (typeof(settled_nanos) = 'integer' AND typeof(held_nanos) = 'integer'
-            AND typeof(unknown_nanos) = 'integer' AND typeof(settled_tokens) = 'integer'
-            AND typeof(held_tokens) = 'integer' AND typeof(unknown_tokens) = 'integer')
+        resets_at REAL
     ) WITHOUT ROWID
     """,
     """
@@ -214,8 +211,7 @@ _ACCOUNTS = (
         expires REAL NOT NULL,
         slot INTEGER,
         state TEXT NOT NULL DEFAULT 'held',
-        PRIMARY KEY (request_id, number),
-        CHECK (typeof(nanos) = 'integer' AND typeof(tokens) = 'integer')
+        PRIMARY KEY (request_id, number)
     ) WITHOUT ROWID
     """,
 )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmkit.account import Balance, Hold, Release, Sent, Settle
 from llmkit.errors import StoreError
-from llmkit.state.accounts import KEPT_S, abandon, balance_of, end, hold, purge, select, sent
+from llmkit.state.accounts import KEPT_S, OwnHolds, abandon, balance_of, end, hold, purge, select, sent
 from llmkit.state.database import PATIENCE_S, Database
 from llmkit.state.holds import HELD
 from llmkit.state.migrations import APPLICATION_ID, MIGRATIONS
@@ -47,6 +48,8 @@ __all__ = ["SQLiteStore"]
 
 Row = dict[str, Any]
 
+KEYS_AT_ONCE = 100  # SQLite joins at most 500 queries in one
+
 
 def _insert(table: str, change: type[Any]) -> str:
     columns = change._fields
@@ -64,7 +67,7 @@ _SQL: dict[type[Change], str] = {
     AttemptEnded: _update("attempts", AttemptEnded, 2),
     CallEnded: _update("calls", CallEnded, 1),
 }
-_ACCOUNTING: dict[type[Change], Callable[[sqlite3.Connection, Any], None]] = {
+_ACCOUNTING: dict[type[Change], Callable[[sqlite3.Connection, Any, OwnHolds], None]] = {
     Hold: hold,
     Sent: sent,
     Settle: end,
@@ -105,6 +108,7 @@ class SQLiteStore:
     def __init__(self, path: Path, *, private_folder: bool = False, patience_s: float = PATIENCE_S) -> None:
         self.location = str(path)
         self.path = path
+        self._own_holds: OwnHolds = {}
         self.database = Database(
             path,
             migrations=MIGRATIONS,
@@ -116,24 +120,27 @@ class SQLiteStore:
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def commit(self, changes: Sequence[Change]) -> Future[None] | None:
-        return self.database.run(
-            lambda connection: self._apply(connection, changes),
-            lambda connection: self._apply(connection, [fitting(change) for change in changes]),
-        )
+        return self.database.run(partial(self._apply, changes), partial(self._apply_fitted, changes))
 
-    def _apply(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> None:
+    def _apply_fitted(self, changes: Sequence[Change], connection: sqlite3.Connection) -> None:
+        self._apply([fitting(change) for change in changes], connection)
+
+    def _apply(self, changes: Sequence[Change], connection: sqlite3.Connection) -> None:
         execute = connection.execute
         try:
             for change in changes:
                 sql = _SQL.get(type(change))
                 if sql is None:
-                    _ACCOUNTING[type(change)](connection, change)
+                    _ACCOUNTING[type(change)](connection, change, self._own_holds)
                 else:
                     execute(sql, tuple(change))  # a plain tuple is bound without a call for each value
         except sqlite3.IntegrityError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
                 raise
             raise DuplicateCall(f"the ledger {self.path} has a call of this request_id already") from error
+        except TypeError as error:  # a balance that is no number
+            message = f"the ledger {self.path} has been changed by something else: {error}"
+            raise StoreError(message, next_step="move the file away, and a new one is made") from error
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -168,7 +175,8 @@ class SQLiteStore:
 
     def balances(self, accounts: Sequence[Account]) -> list[Balance]:
         keys = [fitting_text(account.key) for account in accounts]
-        rows = self.database.glance(select(len(keys)), keys) if keys else []
+        parts = [keys[first : first + KEYS_AT_ONCE] for first in range(0, len(keys), KEYS_AT_ONCE)]
+        rows = [row for part in parts for row in self.database.glance(select(len(part)), part)]
         known = {row[0]: Balance._make(row) for row in rows}
         return [
             known[key] if key in known else balance_of(self.database.read, fitting_account(account))
