@@ -61,6 +61,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     if not config.offline:
         yield from _hosted(entries, environ)
     yield _store(config)
+    yield from _shared(config)
     yield _prices()
     yield from _default(config)
 
@@ -143,6 +144,39 @@ def _store(config: Config) -> Finding:
     except LLMKitError as error:
         return Finding("store", "wrong", f"{error.message}{'; ' + error.next_step if error.next_step else ''}")
     return Finding("store", "ok", f"{store.location}{'' if rows else ' (no call yet)'}")
+
+
+def _shared(config: Config) -> Iterator[Finding]:
+    """Whether the server that machines share through answers, where one is set."""
+    import asyncio
+    from threading import Thread
+
+    from llmkit.clock import SystemClock
+    from llmkit.state.sharing import open_shared
+
+    async def look() -> None:
+        shared = open_shared(config.state_url, SystemClock(), config.environ)
+        if shared is None:
+            return
+        try:
+            await shared.accounts.balances([])
+            found.append(Finding("server", "ok", f"{shared.location} answers; budgets, cache and breakers are shared"))
+        finally:
+            await shared.aclose()
+
+    def work() -> None:
+        try:
+            asyncio.run(look())
+        except LLMKitError as error:
+            found.append(
+                Finding("server", "wrong", f"{error.message}{'; ' + error.next_step if error.next_step else ''}")
+            )
+
+    found: list[Finding] = []
+    thread = Thread(target=work)  # a notebook has a loop of its own on this one
+    thread.start()
+    thread.join()
+    yield from found
 
 
 def _prices() -> Finding:

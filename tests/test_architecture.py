@@ -51,6 +51,7 @@ HEAVY = {
     "genai_prices",
     "tenacity",
     "jinja2",
+    "redis",
 }
 
 

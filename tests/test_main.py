@@ -216,6 +216,14 @@ def test_doctor_tells_a_store_that_cannot_be_written(elsewhere) -> None:
     assert findings(OFFLINE)["store"].state == "wrong"
 
 
+def test_doctor_tells_a_server_that_does_not_answer(elsewhere) -> None:
+    (elsewhere / "llmkit.toml").write_text(f'[state]\nurl = "redis://127.0.0.1:{free_port()}/0"\n', "utf-8")
+    found = findings(OFFLINE)
+    assert found["server"].state == "wrong"
+    assert "refused" in found["server"].text
+    assert found["store"].state == "ok"  # the ledger is on this machine
+
+
 # -- report and export -----------------------------------------------------------------------------------------------
 
 

@@ -333,3 +333,12 @@ def test_what_a_killed_machine_held_is_not_held_for_ever(machines, redis_server)
         assert small["text"] == "one two three"  # the other one had been sent: it counts as spent
         (refused,) = theirs.ask({"prompt": "more still", "max_tokens": 400, "timeout": 1})
         assert refused["error"] == "BudgetExceeded"
+
+
+def test_doctor_says_that_the_server_answers(redis_server, tmp_path, monkeypatch):
+    from llmkit.doctor import examine
+
+    monkeypatch.chdir(tmp_path)
+    found = {each.subject: each for each in examine({"LLMKIT_STATE_URL": redis_server.url, "LLMKIT_OFFLINE": "1"})}
+    assert found["server"].state == "ok"
+    assert redis_server.url in found["server"].text
