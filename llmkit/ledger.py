@@ -57,7 +57,6 @@ A_DAY = 86_400.0  # seconds; whether an owner on another host lives cannot be as
 REAP_S = 1.0  # how often it is looked whether somebody who holds has died
 SERVED = 64  # calls answered from what was stored that are written at once, …
 SERVED_S = 0.05  # … or what there is after so many seconds
-_FREE_SOURCES = frozenset({"cache", "coalesced"})
 
 
 class _Entry:
@@ -67,7 +66,8 @@ class _Entry:
         hold: what is set aside for its attempt under way. ``beginning``: the same while it is being taken.
         remote: whether it is kept on the server of the accounts.
         ended: holds that have ended, and how, of which the store does not know yet.
-        pending: done when the store has said whether it takes what begins with a hold.
+        pending: done when the store has said whether it takes what begins with a hold; until then it is only ``sure``
+            to have so many of the changes.
     """
 
     __slots__ = (
@@ -83,6 +83,7 @@ class _Entry:
         "remote",
         "retries",
         "store",
+        "sure",
         "trail",
         "written",
     )
@@ -91,6 +92,7 @@ class _Entry:
         self.trail = trail  # kept, so that its id stays its own
         self.changes: list[Change] = [begun]
         self.written = 0
+        self.sure = 0
         self.store: Store | None = None
         self.endpoint: tuple[str, str, str] | None = None
         self.number = 0
@@ -239,7 +241,7 @@ class Ledger:
         except (HoldRefused, StoreError):
             entry.retries, entry.endpoint, entry.number, length = before
             del entry.changes[length:]
-            entry.written = min(entry.written, length)
+            entry.written = min(entry.written, entry.sure)
             self._let_go(entry)
             raise
         finally:
@@ -329,7 +331,7 @@ class Ledger:
         )
         entry.is_over = True
         reply = outcome.reply
-        if reply is not None and reply.source in _FREE_SOURCES and not entry.number and self._store is not None:
+        if reply is not None and reply.source in rows.FREE_SOURCES and not entry.number and self._store is not None:
             self._open_calls.pop(id(call.trail), None)
             self._write_later(entry)
             return
@@ -383,7 +385,7 @@ class Ledger:
         error = None if pending.cancelled() else pending.exception()
         hold = next((change for change in reversed(entry.changes) if isinstance(change, Hold)), None)
         if isinstance(error, HoldRefused) and hold is not None:
-            entry.written = min(entry.written, entry.changes.index(hold))
+            entry.written = min(entry.written, entry.sure)
             entry.without(hold)
             self._board.free(hold.slot)
 
@@ -492,6 +494,7 @@ class Ledger:
                 entry.changes = [_unlimited(c) if c is not entry.beginning else c for c in entry.changes]
             entry.store, entry.written = self._store, 0
         changes = [] if entry.refused else entry.changes[entry.written :]
+        entry.sure = entry.written
         entry.written += len(changes)
         return changes
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLUMNS",
+    "FREE_SOURCES",
     "Row",
     "attempt_began",
     "attempt_ended",
@@ -43,6 +44,9 @@ __all__ = [
 Row = dict[str, Any]
 
 MESSAGE_LENGTH = 500
+FREE_SOURCES = frozenset({"cache", "coalesced"})
+"""Where an answer comes from when nobody was asked for it."""
+NOTHING_USED = Usage()
 
 COLUMNS = {
     "request_id": "string",
@@ -117,12 +121,13 @@ def call_ended(call: Call, outcome: Outcome, *, now: float, attempts: int, retri
     """How a call ended. ``now`` is on `Clock.now`'s scale; ``attempts`` and ``retries`` are how many there were."""
     reply, error, made = outcome.reply, outcome.error, call.trail.attempts
     latency = reply.latency_s if reply is not None else None
+    usage = NOTHING_USED if reply is not None and reply.source in FREE_SOURCES and not made else _summed(made)
     return CallEnded(
         "rejected" if _is_rejection(error) else outcome.status,
         reply.model if reply is not None else None,
         reply.provider if reply is not None else made[-1].provider if made else None,
         reply.source if reply is not None else None,
-        *_tokens(_summed(made)),
+        *_tokens(usage),
         _summed_nanos(made),
         None if call.trail.saved is None else _nanos(call.trail.saved),
         now - call.started if latency is None else latency,

@@ -17,6 +17,7 @@ from decimal import Decimal
 import pandas as pd
 import pytest
 
+from llmkit.account import Account, Hold, HoldRefused
 from llmkit.call import Attempt, Call
 from llmkit.endpoint import Endpoint
 from llmkit.errors import AllModelsFailed, BudgetExceeded, CircuitOpen, ConfigError, ProviderOverloaded, StoreError
@@ -27,8 +28,9 @@ from llmkit.models.prices import Cost
 from llmkit.pipeline import Pipeline
 from llmkit.reply import Outcome, Usage
 from llmkit.rows import COLUMNS
-from llmkit.state.memory import MemoryStore
 from llmkit.state.database import Database
+from llmkit.state.memory import MemoryStore
+from llmkit.state.owner import current_owner
 from llmkit.state.sqlite import SQLiteStore
 from llmkit.testing import FakeClock
 from tests.layers.script import Script, call_for
@@ -751,3 +753,462 @@ def test_a_duplicate_in_a_crowd_harms_no_other(tmp_path):
         ledger.close()
 
     asyncio.run(main())
+
+
+# -- what is set aside -------------------------------------------------------------------------------------------------
+
+DAY = Account("all//day/0", "day", limit_nanos=1000)
+
+
+def held(call, nanos=400, *, number=1, accounts=(DAY,), tokens=7):
+    return call.to(hold=Hold(call.request_id, number, accounts, nanos, tokens, current_owner(), 1e12, None, []))
+
+
+async def begun(ledger, request_id, nanos=400, **fields):
+    call = held(new_call(request_id), nanos, **fields)
+    ledger.call_began(call)
+    sending = await ledger.attempt_began(call, 1, ENDPOINT, 1.0)
+    return call, sending
+
+
+def balance(ledger, account=DAY):
+    (found,) = asyncio.run(ledger.balances([account]))
+    return found
+
+
+def test_a_hold_is_taken_with_its_attempt_and_settled_with_its_end(ledger):
+    async def scenario():
+        call, sending = await begun(ledger, "a")
+        assert call.hold.balances[0].held_nanos == 400
+        assert sending() is None
+        (while_open,) = await ledger.balances([DAY])
+        ledger.attempt_ended(call, new_attempt(cost_usd=Decimal("0.00000025"), usage=Usage(3, 2)), None)
+        await ledger.call_ended(call, Outcome("complete", None, Answer()))
+        return while_open
+
+    assert asyncio.run(scenario())[1:3] == (0, 400)
+    assert balance(ledger)[1:] == (250, 0, 0, 5, 0, 0)
+    assert not ledger._open_calls
+
+
+@pytest.mark.parametrize(
+    ("attempt", "expected"),
+    [
+        ({"usage": None, "cost_usd": Decimal(0), "status": "failed"}, (0, 0, 0, 0, 0, 0)),
+        ({"usage": None, "cost_usd": Decimal(0), "status": "failed", "maybe_billed": True}, (400, 0, 400, 7, 0, 7)),
+        ({"usage": Usage(3, 2), "cost_usd": None}, (400, 0, 400, 5, 0, 0)),
+        ({"usage": Usage(3, 2), "cost_usd": Decimal("0.0000009"), "maybe_billed": True}, (900, 0, 0, 5, 0, 0)),
+    ],
+)
+def test_what_becomes_of_a_hold_depends_on_how_the_attempt_ended(ledger, attempt, expected):
+    async def scenario():
+        call, _ = await begun(ledger, "a")
+        ledger.attempt_ended(call, new_attempt(**attempt), None)
+        await ledger.call_ended(call, Outcome("failed", ProviderOverloaded("x")))
+
+    asyncio.run(scenario())
+    assert balance(ledger)[1:] == expected
+
+
+def test_a_hold_that_nobody_ended_counts_at_its_worst_case_when_the_call_is_over(ledger):
+    async def scenario():
+        call, _ = await begun(ledger, "a")
+        await ledger.call_ended(call, Outcome("failed", KeyError("somewhere")))
+
+    asyncio.run(scenario())
+    assert balance(ledger)[1:4] == (400, 0, 400)
+
+
+def test_a_refused_hold_leaves_nothing_of_its_attempt(ledger):
+    async def scenario():
+        call = held(new_call("a"), 1001)
+        ledger.call_began(call)
+        for _ in range(2):
+            with pytest.raises(HoldRefused) as caught:
+                await ledger.attempt_began(call, 1, ENDPOINT, 1.0)
+            assert (caught.value.account, caught.value.settled, caught.value.held) == (DAY, 0, 0)
+        await ledger.attempt_began(held(call, 1000), 1, ENDPOINT, 1.0)  # the number is free, and no retry is counted
+        ledger.attempt_ended(call, new_attempt(cost_usd=Decimal("0.000001")), None)
+        await ledger.call_ended(call, Outcome("complete", None, Answer()))
+
+    asyncio.run(scenario())
+    (row,) = ledger.calls()
+    assert (row["status"], row["attempts"], row["retries"]) == ("complete", 1, 0)
+    assert len(ledger.attempts("a")) == 1
+    assert balance(ledger)[1:3] == (1000, 0)
+
+
+def test_a_call_whose_hold_was_refused_is_recorded_without_an_attempt(on_disk):
+    async def scenario():
+        call = held(new_call("a"), 1001)
+        on_disk.call_began(call)
+        with pytest.raises(HoldRefused):
+            await on_disk.attempt_began(call, 1, ENDPOINT, 1.0)
+        await on_disk.call_ended(call, Outcome("failed", BudgetExceeded("no", scope="day", limit=1, needed=2)))
+
+    asyncio.run(scenario())
+    (row,) = on_disk.calls()
+    assert (row["status"], row["attempts"], row["error"]) == ("rejected", 0, "BudgetExceeded")
+    assert on_disk.attempts("a") == []
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_in_a_crowd_those_that_fit_are_taken_and_the_others_refused(on_disk, path, busy):
+    """Forty at 100 against 1000: ten of them, whoever shares a transaction with whom."""
+
+    async def scenario():
+        await on_disk.open_store()
+        holder = sqlite3.connect(path, isolation_level=None)
+
+        async def one(number):
+            call = held(new_call(f"r{number}"), 100)
+            on_disk.call_began(call)
+            try:
+                await on_disk.attempt_began(call, 1, ENDPOINT, 1.0)
+            except HoldRefused:
+                await on_disk.call_ended(call, Outcome("failed", BudgetExceeded("no", scope="day", limit=1, needed=2)))
+                return False
+            ledgered = new_attempt(cost_usd=Decimal("0.0000001"))
+            await asyncio.sleep(0.01)
+            on_disk.attempt_ended(call, ledgered, None)
+            call.trail.attempts.append(ledgered)
+            await on_disk.call_ended(call, Outcome("complete", None, Answer()))
+            return True
+
+        if busy:
+            holder.execute("BEGIN IMMEDIATE")
+            asyncio.get_running_loop().call_later(0.05, holder.execute, "ROLLBACK")
+        taken = await asyncio.gather(*[one(number) for number in range(40)])
+        holder.close()
+        assert sum(taken) == 10
+
+    asyncio.run(scenario())
+    assert balance(on_disk)[1:4] == (1000, 0, 0)
+    rows = on_disk.calls()
+    assert sorted(row["status"] for row in rows) == ["complete"] * 10 + ["rejected"] * 30
+    assert [len(on_disk.attempts(row["request_id"])) for row in rows if row["status"] == "rejected"] == [0] * 30
+    assert not on_disk._open_calls
+    assert on_disk.notice is None
+
+
+@pytest.mark.parametrize("crowd", [0, 20])
+@pytest.mark.parametrize("nanos", [400, 1001])
+def test_who_is_cancelled_while_the_file_is_busy_holds_nothing_afterwards(on_disk, path, crowd, nanos):
+    async def scenario():
+        await on_disk.open_store()
+        for number in range(crowd):
+            on_disk.call_began(new_call(f"other{number}"))
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        call = held(new_call("a"), nanos)
+        on_disk.call_began(call)
+        beginning = asyncio.create_task(on_disk.attempt_began(call, 1, ENDPOINT, 1.0))
+        await asyncio.sleep(0.02)
+        beginning.cancel()
+        await asyncio.gather(beginning, return_exceptions=True)
+        on_disk.attempt_ended(call, new_attempt(status="aborted", usage=None, cost_usd=Decimal(0)), None)
+        ending = asyncio.create_task(on_disk.call_ended(call, Outcome("aborted", asyncio.CancelledError())))
+        await asyncio.sleep(0.02)
+        holder.execute("ROLLBACK")
+        holder.close()
+        await asyncio.wait_for(ending, 10)
+
+    asyncio.run(scenario())
+    assert balance(on_disk)[1:4] == (0, 0, 0)
+    row = next(row for row in on_disk.calls() if row["request_id"] == "a")
+    assert row["status"] == "aborted"
+    assert [each["status"] for each in on_disk.attempts("a")] == ["aborted"]
+    assert on_disk.notice is None
+
+
+def test_holds_do_not_cost_a_transaction_more(on_disk):
+    on_disk.calls()
+    seen = []
+    on_disk._store.database._connection.set_trace_callback(seen.append)
+
+    async def scenario():
+        call, _ = await begun(on_disk, "a")
+        on_disk.attempt_ended(call, new_attempt(cost_usd=Decimal("0.0000001")), None)
+        await on_disk.call_ended(call, Outcome("complete", None, Answer()))
+
+    asyncio.run(scenario())
+    assert [sql for sql in seen if sql.startswith(("BEGIN", "COMMIT"))].count("COMMIT") == 2
+
+
+def test_the_hold_of_a_process_that_was_killed_ends_as_it_had_been_sent_or_not(tmp_path):
+    code = """
+        import asyncio, os, sys
+        from llmkit.ledger import Ledger
+        from tests.test_ledger import begun
+
+        async def main():
+            ledger = Ledger.open(sys.argv[1])
+            await begun(ledger, "unsent", 100)
+            _, sending = await begun(ledger, "sent", 200)
+            sending()
+            os.kill(os.getpid(), 9)
+
+        asyncio.run(main())
+    """
+    url = f"sqlite:///{tmp_path}/l.sqlite3"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), url], capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    ledger = Ledger.open(url)
+    assert balance(ledger)[1:4] == (200, 0, 200)
+    rows = {row["request_id"]: row for row in ledger.calls()}
+    assert {name: row["status"] for name, row in rows.items()} == {"unsent": "lost", "sent": "lost"}
+    assert [each["maybe_billed"] for each in ledger.attempts("sent")] == [True]
+    assert [each["maybe_billed"] for each in ledger.attempts("unsent")] == [False]
+    assert list((tmp_path / "l.sqlite3.boards").iterdir()) == []
+    ledger.close()
+
+
+class Unwritable(MemoryStore):
+    """A store whose disk is gone."""
+
+    def commit(self, changes):
+        raise StoreError("the disk is full", next_step="make room")
+
+
+def test_a_budget_that_somebody_set_is_not_kept_in_memory_alone():
+    async def scenario():
+        ledger = Ledger(store=Unwritable())
+        ledger.is_strict = lambda hold: True
+        call = held(new_call("a"))
+        ledger.call_began(call)
+        for _ in range(2):  # the first finds out, the second knows
+            with pytest.raises(StoreError, match=r"nothing was sent.*the disk is full") as caught:
+                await ledger.attempt_began(call, 1, ENDPOINT, 1.0)
+            assert "on_failure" in caught.value.next_step
+        await ledger.call_ended(call, Outcome("failed", caught.value))
+        assert ledger.attempts("a") == []
+        assert [row["status"] for row in ledger.calls()] == ["failed"]
+        assert (await ledger.balances([DAY]))[0][1:3] == (0, 0)
+        free = new_call("b")
+        await completed(ledger, free)  # what costs nothing goes on
+        return ledger
+
+    ledger = asyncio.run(scenario())
+    assert "in memory only" in ledger.notice
+
+
+@pytest.mark.parametrize("crowd", [0, 20])
+def test_the_budgets_by_default_go_on_in_memory_and_count_there(crowd):
+    async def scenario():
+        ledger = Ledger(store=Unwritable())
+        for number in range(crowd):
+            ledger.call_began(new_call(f"other{number}"))
+        call, _ = await begun(ledger, "a", 600)
+        second = held(new_call("b"), 600)
+        with pytest.raises(HoldRefused):
+            await ledger.attempt_began(second, 1, ENDPOINT, 1.0)
+        ledger.attempt_ended(call, new_attempt(cost_usd=Decimal("0.0000001")), None)
+        await ledger.call_ended(call, Outcome("complete", None, Answer()))
+        await ledger.attempt_began(second, 1, ENDPOINT, 1.0)
+        return (await ledger.balances([DAY]))[0]
+
+    assert asyncio.run(scenario())[1:3] == (100, 600)
+
+
+def test_a_disk_that_fails_while_calls_are_out_loses_no_record_of_them():
+    class Failing(MemoryStore):
+        broken = False
+
+        def commit(self, changes):
+            if self.broken:
+                raise StoreError("the disk is full")
+            super().commit(changes)
+
+    async def scenario():
+        store = Failing()
+        ledger = Ledger(store=store)
+        ledger.is_strict = lambda hold: True
+        calls = [(await begun(ledger, name, 500))[0] for name in "ab"]
+        store.broken = True
+        for call in calls:
+            ledger.attempt_ended(call, new_attempt(cost_usd=Decimal("0.0000008")), None)
+            await ledger.call_ended(call, Outcome("complete", None, Answer()))
+        return ledger
+
+    ledger = asyncio.run(scenario())
+    assert {row["request_id"]: row["status"] for row in ledger.calls()} == {"a": "complete", "b": "complete"}
+    assert balance(ledger)[1:3] == (1600, 0)  # more than the limit, and true
+
+
+# -- accounts on a server ----------------------------------------------------------------------------------------------
+
+
+class Elsewhere:
+    """Accounts on a server, which can be away."""
+
+    def __init__(self):
+        self.store = MemoryStore()
+        self.log = []
+        self.away = False
+
+    def _ask(self, *what):
+        self.log.append(what)
+        if self.away:
+            raise StoreError("the server cannot be reached")
+
+    async def hold(self, hold):
+        self._ask("hold", hold.request_id)
+        self.store.commit([hold])
+
+    async def sent(self, hold):
+        self._ask("sent", hold.request_id)
+
+    def end(self, ending):
+        self.log.append(("end", type(ending).__name__, ending.request_id))
+        self.store.commit([ending])
+
+    async def balances(self, accounts):
+        self._ask("balances")
+        return self.store.balances(accounts)
+
+    async def aclose(self):
+        pass
+
+
+def test_accounts_on_a_server_are_asked_before_the_row_and_told_after_it():
+    async def scenario():
+        away = Elsewhere()
+        ledger = Ledger("memory", accounts=away)
+        call, sending = await begun(ledger, "a", 600)
+        assert [row["status"] for row in ledger.attempts("a")] == ["in_flight"]
+        await sending()
+        with pytest.raises(HoldRefused):
+            await begun(ledger, "b", 600)
+        ledger.attempt_ended(call, new_attempt(cost_usd=Decimal("0.0000005")), None)
+        assert away.log[-1] == ("hold", "b")
+        await ledger.call_ended(call, Outcome("complete", None, Answer()))
+        assert away.log == [("hold", "a"), ("sent", "a"), ("hold", "b"), ("end", "Settle", "a")]
+        with pytest.raises(StoreError, match="request_id"):
+            await begun(ledger, "a", 100)  # its row is refused, so nothing stays held
+        return (await ledger.balances([DAY]))[0]
+
+    assert asyncio.run(scenario())[1:3] == (500, 0)
+
+
+def test_a_server_that_cannot_be_asked_stops_what_is_limited_unless_it_may_go_on():
+    async def scenario():
+        away = Elsewhere()
+        ledger = Ledger("memory", accounts=away)
+        ledger.is_strict = lambda hold: True
+        away.away = True
+        call = held(new_call("a"))
+        ledger.call_began(call)
+        with pytest.raises(StoreError, match="cannot be reached"):
+            await ledger.attempt_began(call, 1, ENDPOINT, 1.0)
+        assert ledger.attempts("a") == []
+        assert ledger.notice is None
+        ledger.is_strict = lambda hold: False
+        await ledger.attempt_began(call, 1, ENDPOINT, 1.0)
+        with pytest.raises(HoldRefused):  # the limit holds on this machine
+            await begun(ledger, "b", 601)
+        assert "budgets are those of this machine alone" in ledger.notice
+        ledger.attempt_ended(call, new_attempt(cost_usd=Decimal("0.0000001")), None)
+        await ledger.call_ended(call, Outcome("complete", None, Answer()))
+        assert not [each for each in away.log if each[0] == "end"]  # it never had that hold
+        return ledger._balances([DAY])[0]
+
+    assert asyncio.run(scenario())[1:3] == (100, 0)
+
+
+def test_a_server_that_goes_away_before_the_request_goes_out_stops_it():
+    async def scenario():
+        away = Elsewhere()
+        ledger = Ledger("memory", accounts=away)
+        ledger.is_strict = lambda hold: True
+        _, sending = await begun(ledger, "a")
+        away.away = True
+        with pytest.raises(StoreError):
+            await sending()
+        ledger.is_strict = lambda hold: False
+        await sending()
+
+    asyncio.run(scenario())
+
+
+# -- calls that cost nothing -------------------------------------------------------------------------------------------
+
+
+class Stored(Answer):
+    source = "cache"
+
+
+async def served(ledger, request_id):
+    call = new_call(request_id)
+    call.trail.saved = Decimal("0.002")
+    ledger.call_began(call)
+    await ledger.call_ended(call, Outcome("complete", None, Stored()))
+
+
+def committed(ledger):
+    store, commits = ledger._store, []
+    commit = store.commit
+    store.commit = lambda changes: commits.append(len(changes)) or commit(changes)
+    return commits
+
+
+def test_what_came_from_the_cache_is_written_in_groups_and_costs_nothing(on_disk, path):
+    async def scenario():
+        await on_disk.open_store()
+        commits = committed(on_disk)
+        for number in range(63):
+            driven(served(on_disk, f"r{number}"))
+        assert commits == []
+        await served(on_disk, "r63")
+        assert commits == [128]
+        await served(on_disk, "later")
+        await asyncio.sleep(0.2)
+        assert commits == [128, 2]
+        await served(on_disk, "beside")
+        await completed(on_disk, new_call("paid"))
+        assert commits[2] == 2
+        await served(on_disk, "read")
+        return on_disk.calls()
+
+    rows = asyncio.run(scenario())
+    assert {row["request_id"] for row in rows[-4:]} <= {"later", "beside", "paid", "read"} | {
+        f"r{n}" for n in range(64)
+    }
+    assert len(rows) == 68
+    hit = next(row for row in rows if row["request_id"] == "read")
+    assert (hit["status"], hit["source"], hit["attempts"]) == ("complete", "cache", 0)
+    assert (hit["cost_usd"], hit["input_tokens"], hit["output_tokens"]) == (0, 0, 0)
+    assert hit["saved_usd"] == Decimal("0.002")
+    assert not on_disk._open_calls
+
+
+def test_a_duplicate_among_them_harms_no_other(on_disk):
+    async def scenario():
+        await on_disk.open_store()
+        for request_id in ("a", "b", "a", "c"):
+            await served(on_disk, request_id)
+
+    asyncio.run(scenario())
+    assert [row["request_id"] for row in on_disk.calls()] == ["a", "b", "c"]
+
+
+def test_what_waits_is_written_when_the_interpreter_ends(tmp_path):
+    code = """
+        import asyncio, sys
+        from llmkit.ledger import Ledger
+        from tests.test_ledger import served
+
+        async def main():
+            global ledger
+            ledger = Ledger.open(sys.argv[1])
+            await ledger.open_store()
+            await served(ledger, "a")
+
+        asyncio.run(main())
+    """
+    url = f"sqlite:///{tmp_path}/l.sqlite3"
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), url], timeout=60, check=True)
+    ledger = Ledger.open(url)
+    assert [row["source"] for row in ledger.calls()] == ["cache"]
+    ledger.close()
