@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncClient", "Client"]
 
 _MOST_TEMPLATES = 256
+_NOTHING_ASKED: dict[str, Any] = {}
 
 
 class AsyncClient:
@@ -159,7 +160,7 @@ class AsyncClient:
         return reply
 
     def _call(self, prompt: Any, stream: bool, options: Options) -> Call:
-        asked: dict[str, Any] = {} if options is Options.of({}) else self._asked(options)
+        asked = self._asked(options) if options.are_given else _NOTHING_ASKED
         common = self._common(options.model or self.default_model())
         started = self.clock.now()
         total = asked.get("timeouts", common.timeouts).total

@@ -101,6 +101,11 @@ class Options:
         self.timeouts(Timeouts())
 
     @property
+    def are_given(self) -> bool:
+        """Whether anything was said at all."""
+        return self is not _NONE
+
+    @property
     def max_cost_usd(self) -> Decimal | None:
         if self.max_cost is None:
             return None

@@ -40,7 +40,7 @@ class Pipeline:
         self.provider = provider
         self._first = provider
         for layer in reversed(self.layers):
-            self._first = partial(layer, call_next=self._first)
+            self._first = partial(layer.__call__, call_next=self._first)  # bound once, not at each call
 
     def __call__(self, call: Call) -> Awaitable[Reply]:
         return self._first(call)

@@ -29,6 +29,8 @@ __all__ = ["NOTHING", "Chunk", "Head", "Outcome", "Reply", "Usage", "settled"]
 
 log = logging.getLogger("llmkit")
 
+_HOOK_FAILED = "a hook failed at the end of a reply; the reply is settled all the same"
+
 Status = Literal["complete", "aborted", "failed"]
 
 
@@ -269,6 +271,8 @@ class Reply:
         Raises:
             LLMKitError: what broke it; ``error.reply`` holds what had arrived.
         """
+        if self._batches is NOTHING and not self._ending:
+            await self._end("complete")
         while self.outcome is None:
             await self._pull()
         if self.outcome.status == "failed" and self.outcome.error is not None:
@@ -494,7 +498,10 @@ class Reply:
                 log.exception("closing a connection failed; the call is settled all the same")
         self.latency_s = self._clock.now() - self.call.started
         for hook in self._hooks:
-            await _run(hook, outcome)
+            try:
+                await hook(outcome)
+            except Exception:
+                log.exception(_HOOK_FAILED)
         if isinstance(outcome.error, LLMKitError):
             outcome.error.spent = self.cost_usd
         self._hooks.clear()
@@ -558,7 +565,7 @@ async def _run(hook: Callable[[Outcome], Awaitable[None]], outcome: Outcome) -> 
     try:
         await hook(outcome)
     except Exception:
-        log.exception("a hook failed at the end of a reply; the reply is settled all the same")
+        log.exception(_HOOK_FAILED)
 
 
 async def settled(waiting: Awaitable[Reply], hook: Callable[[Outcome], Awaitable[None]]) -> Reply:
@@ -575,5 +582,8 @@ async def settled(waiting: Awaitable[Reply], hook: Callable[[Outcome], Awaitable
     except BaseException as error:
         await shielded(_run(hook, Outcome("failed", error)))
         raise
-    await reply.at_end(hook)
+    if reply.outcome is None:
+        reply._hooks.append(hook)
+    else:
+        await reply.at_end(hook)
     return reply
