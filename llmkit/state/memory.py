@@ -71,6 +71,7 @@ class MemoryStore:
         # What is in these is replaced and never changed, so that a commit can be undone.
         self._calls: dict[str, Row] = {}
         self._attempts: dict[str, dict[int, Row]] = {}
+        self._counted_as: dict[str, str] = {}  # request_id of a call that has ended → the model it is in the sums of
         self._spend: dict[SpendKey, Sums] = {}
         self._accounts: dict[str, Amounts] = {}
         self._holds: dict[tuple[str, int], Held] = {}
@@ -98,6 +99,7 @@ class MemoryStore:
                 oldest = next(iter(self._calls))
                 del self._calls[oldest]
                 self._attempts.pop(oldest, None)
+                self._counted_as.pop(oldest, None)
 
     def _put(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
         self._undo.append((mapping, key, mapping.get(key, _MISSING)))
@@ -147,8 +149,10 @@ class MemoryStore:
         before = self._calls.get(request_id)
         if before is not None:
             after = {**before, **end}
-            self._add(before, self._answered(before), _of_call(before), -1)
-            self._add(after, self._answered(after), _of_call(after))
+            model = self._answered(after)
+            self._add(before, self._counted_as.get(request_id, ""), _of_call(before), -1)
+            self._add(after, model, _of_call(after))
+            self._put(self._counted_as, request_id, model)
             self._put(self._calls, request_id, after)
 
     # -- sums --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["APPLICATION_ID", "MIGRATIONS", "MOST", "counted"]
+__all__ = ["APPLICATION_ID", "LAST_ENDPOINT", "MIGRATIONS", "MOST", "counted"]
 
 APPLICATION_ID = 0x6C6C6D6B  # "llmk", so that a database of something else is not taken for a ledger
 
@@ -91,6 +91,11 @@ def counted(value: str) -> str:
     return f"max(0, min(coalesce({value}, 0), {MOST}))"
 
 
+LAST_ENDPOINT = """
+    SELECT provider || ':' || model FROM attempts WHERE attempts.request_id = calls.request_id ORDER BY number DESC LIMIT 1
+"""
+
+
 def _of_attempt(row: str) -> dict[str, str]:
     """What an attempt adds to the sums, by column."""
     return {
@@ -103,15 +108,10 @@ def _of_attempt(row: str) -> dict[str, str]:
     }
 
 
-def _of_call(row: str) -> dict[str, str]:
-    """What a call adds to the sums of its last attempt's endpoint; of the model that answered, where there was none."""
+def _of_call(row: str, endpoint: str | None = None) -> dict[str, str]:
+    """What a call adds to the sums of the ``endpoint`` that it came to last; of the model that answered without one."""
     return {
-        "model": f"""coalesce(
-            (SELECT provider || ':' || model FROM attempts WHERE request_id = {row}.request_id
-             ORDER BY number DESC LIMIT 1),
-            {row}.provider || ':' || {row}.response_model,
-            {row}.model
-        )""",  # noqa: S608 - all names are our own
+        "model": f"coalesce({endpoint or f'{row}.endpoint'}, {row}.provider || ':' || {row}.response_model, {row}.model)",
         "calls": "1",
         "saved_nanos": counted(f"{row}.saved_nanos"),
     }
@@ -166,6 +166,7 @@ _SUMS = """
 # them within 50 ms.
 _SPEND = (
     "ALTER TABLE calls ADD COLUMN saved_nanos INTEGER",
+    "ALTER TABLE calls ADD COLUMN endpoint TEXT",
     "ALTER TABLE attempts ADD COLUMN price TEXT",
     "ALTER TABLE attempts ADD COLUMN price_date TEXT",
     f"""
@@ -180,7 +181,7 @@ _SPEND = (
     """,
     f"CREATE TABLE spend_hours (hour INTEGER PRIMARY KEY NOT NULL, {_SUMS})",
     *_added(_of_attempt("attempts"), "attempts JOIN calls USING (request_id) WHERE attempts.status <> 'in_flight'"),
-    *_added(_of_call("calls"), "calls WHERE calls.status <> 'in_flight'"),
+    *_added(_of_call("calls", f"({LAST_ENDPOINT})"), "calls WHERE calls.status <> 'in_flight'"),
     *_kept("attempts", _of_attempt),
     *_kept("calls", _of_call),
 )

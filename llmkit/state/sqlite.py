@@ -17,7 +17,7 @@ from llmkit.errors import StoreError
 from llmkit.state.accounts import KEPT_S, OwnHolds, abandon, balance_of, end, hold, purge, select, sent
 from llmkit.state.database import PATIENCE_S, Database
 from llmkit.state.holds import HELD
-from llmkit.state.migrations import APPLICATION_ID, MIGRATIONS
+from llmkit.state.migrations import APPLICATION_ID, LAST_ENDPOINT, MIGRATIONS
 from llmkit.state.store import (
     ATTEMPT_COLUMNS,
     CALL_COLUMNS,
@@ -56,16 +56,16 @@ def _insert(table: str, change: type[Any]) -> str:
     return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"  # noqa: S608 - all names are our own
 
 
-def _update(table: str, change: type[Any], keys: int) -> str:
-    values, where = change._fields[:-keys], change._fields[-keys:]
-    return f"UPDATE {table} SET {', '.join(f'{c} = ?' for c in values)} WHERE {' AND '.join(f'{c} = ?' for c in where)}"  # noqa: S608
+def _update(table: str, change: type[Any], keys: int, *more: str) -> str:
+    values, where = change._fields[:-keys], " AND ".join(f"{c} = ?" for c in change._fields[-keys:])
+    return f"UPDATE {table} SET {', '.join((*(f'{c} = ?' for c in values), *more))} WHERE {where}"  # noqa: S608
 
 
 _SQL: dict[type[Change], str] = {
     CallBegun: _insert("calls", CallBegun),
     AttemptBegun: _insert("attempts", AttemptBegun),
     AttemptEnded: _update("attempts", AttemptEnded, 2),
-    CallEnded: _update("calls", CallEnded, 1),
+    CallEnded: _update("calls", CallEnded, 1, f"endpoint = ({LAST_ENDPOINT})"),
 }
 _ACCOUNTING: dict[type[Change], Callable[[sqlite3.Connection, Any, OwnHolds], None]] = {
     Hold: hold,
@@ -79,13 +79,13 @@ _LOSE_ATTEMPTS = """
     UPDATE attempts SET status = 'lost', maybe_billed = 1 WHERE status = 'in_flight'
     AND request_id IN (SELECT request_id FROM calls WHERE status = 'in_flight' AND owner = ?)
 """
-_LOSE_CALLS = """
-    UPDATE calls SET status = 'lost', message = ?,
+_LOSE_CALLS = f"""
+    UPDATE calls SET status = 'lost', message = ?, endpoint = ({LAST_ENDPOINT}),
         attempts = (SELECT count(*) FROM attempts WHERE attempts.request_id = calls.request_id),
         cost_nanos = (SELECT CASE WHEN count(*) = count(cost_nanos) THEN coalesce(sum(cost_nanos), 0) END
                       FROM attempts WHERE attempts.request_id = calls.request_id)
     WHERE status = 'in_flight' AND owner = ?
-"""
+"""  # noqa: S608
 _HOLDING = f"SELECT owner, min(expires) FROM holds WHERE state = '{HELD}' GROUP BY owner"  # noqa: S608
 _STALE = "SELECT 1 FROM accounts WHERE resets_at < ? AND held_nanos = 0 AND held_tokens = 0 LIMIT 1"
 
