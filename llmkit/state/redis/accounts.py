@@ -78,11 +78,13 @@ local function add(key, account, change)
     local name = P .. 'account:' .. key
     for i, field in ipairs(FIELDS) do
         local by = change[field] or 0
-        local sum = account[field] + by
-        if by == 0 then -- nothing to add
-        elseif sum < 0 then redis.call('HSET', name, field, '0')
-        elseif sum > LARGEST then redis.call('HSET', name, field, int(LARGEST))
-        else redis.call('HINCRBY', name, field, int(by)) end
+        if by ~= 0 then
+            local sum = math.max(0, math.min(LARGEST, account[field] + by))
+            if sum == account[field] + by then redis.call('HINCRBY', name, field, int(by))
+            else redis.call('HSET', name, field, int(sum)) end
+            account[field] = sum
+            account.exact[i] = sum < 2 ^ 53 and int(sum) or redis.call('HGET', name, field)
+        end
     end
 end
 
@@ -206,10 +208,7 @@ for i = 1, count do
 end
 local reply, change = {'held'}, {held_nanos = nanos, held_tokens = tokens}
 for _, key in ipairs(keys) do
-    if not again then
-        add(key, accounts[key], change)
-        accounts[key] = read(key)
-    end
+    if not again then add(key, accounts[key], change) end
 end
 for i = 1, count do
     local key = ARGV[6 + 4 * i]
