@@ -166,7 +166,7 @@ def _tokens(number: Decimal) -> str:
 def _left(usd: Decimal) -> str:
     """Rounded down: no more than there is."""
     places = Decimal("0.01") if usd >= 1 else Decimal("0.0001") if usd >= Decimal("0.01") else None
-    return money(usd if places is None else usd.quantize(places, ROUND_DOWN))
+    return money(usd) if places is None else amount(usd.quantize(places, ROUND_DOWN))
 
 
 def resets(at: Any) -> str:

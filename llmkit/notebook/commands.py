@@ -141,10 +141,11 @@ def _budget(magics: LLMMagics, words: list[str]) -> None:
             "llmkit: all limits are lifted for this session: nothing caps what calls cost. %reload_ext llmkit restores them"
         )
         return
+    head = ""
     if words:
         session.client.set_budgets(**budgets.read(words))
-        print("set for this session; to keep it, write it to [budget] in llmkit.toml\n")
-    print(budgets.table(_budgets(magics), session.budget, magics.max_cost))
+        head = "set for this session; to keep it, write it to [budget] in llmkit.toml\n\n"
+    print(head + budgets.table(_budgets(magics), session.budget, magics.max_cost))
 
 
 # -- the cache -------------------------------------------------------------------------------------------------------

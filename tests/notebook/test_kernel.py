@@ -259,7 +259,10 @@ def test_an_interrupt_during_a_wait(kernel, server) -> None:
 def test_loading_twice_and_unloading(kernel) -> None:
     assert kernel.run("%load_ext llmkit\n%load_ext llmkit") == "ok"
     assert kernel.run("%reload_ext llmkit") == "ok"
-    assert kernel.outputs()[0]["text"] == "llmkit: model tiny (from llmkit.toml) · cap $0.50 a request\n"
+    assert kernel.outputs()[0]["text"] == (
+        "llmkit: model tiny (from llmkit.toml) · caps for paid models: $0.50 a request, $5 a session, $20 a day "
+        "(%llm budget off lifts them)\n"
+    )
     assert kernel.run("%%llm\nhi") == "ok"
 
 
