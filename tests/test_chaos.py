@@ -6,7 +6,9 @@ import asyncio
 import collections
 import gc
 import itertools
+import json
 import os
+import re
 from collections.abc import Iterator
 from decimal import Decimal
 
@@ -75,10 +77,13 @@ class Chaos:
     def __init__(self, simulator: Simulator, clock: llmkit.clock.Clock, tmp_path, wire: str, url: str | None) -> None:
         self.clock = clock
         self.ledger = Ledger.open(f"sqlite:///{tmp_path}/chaos.sqlite3", clock)
-        config = Config.of(environ={}, retry={"attempts": 3, "initial": 0.01, "maximum": 0.05})
+        # So much that it does not end the chaos: what nobody saw the end of counts at its worst case.
+        plenty = {"session": {"usd": 10**6}, "day": {"usd": 10**6}}
+        config = Config.of(environ={}, retry={"attempts": 3, "initial": 0.01, "maximum": 0.05}, budget=plenty)
         # A breaker that opened would end the chaos early; what it does has tests of its own.
         breakers = Breakers(BreakerSettings(failures=1000, rate=1.0, minimum_calls=1000), clock)
         self.provider = Provider(clock, environ={}, **({"simulator": simulator} if url is None else {}))
+        self.flights = SingleFlight(str(tmp_path), clock, FileFlights(tmp_path / "chaos.sqlite3", clock))
         layers = standard(
             config,
             clock=clock,
@@ -87,7 +92,7 @@ class Chaos:
             budgets=Budgets(config.budget),
             answers=AnswerCache(config.cache, clock, lambda: MemoryEntries(max_bytes=10**6, clock=clock)),
             key_of=RequestKeys(),
-            flights=SingleFlight(str(tmp_path), clock, FileFlights(tmp_path / "chaos.sqlite3", clock)),
+            flights=self.flights,
         )
         self.chain = Pipeline(layers, self.provider)
         endpoint = Endpoint(
@@ -149,7 +154,9 @@ class Chaos:
         """Each request that arrived with the attempt that sent it."""
         requests: dict[str, list[Received]] = collections.defaultdict(list)
         for request in simulator.requests:
-            requests[request.headers["idempotency-key"].partition(".")[0]].append(request)
+            asked = request.body["messages"][-1]["content"]
+            number = re.search(r"question (\d+) of", asked if isinstance(asked, str) else json.dumps(asked))
+            requests[f"{int(number[1]):06d}"].append(request)
         for request_id, received in requests.items():
             yield from zip(received, self.ledger.attempts(request_id), strict=True)
 
@@ -180,6 +187,7 @@ def test_every_call_ends_and_the_books_balance(tmp_path, monkeypatch, wire: str)
         chaos = Chaos(simulator, clock, tmp_path, wire, None)
         before = open_files()
         await chaos.all(Timeouts(first_token=10, idle=10, total=100, first_token_set=True))
+        await chaos.flights.aclose()
         await chaos.provider.aclose()
 
         assert chaos.replies + sum(chaos.errors.values()) == CALLS
@@ -216,6 +224,7 @@ def test_the_same_over_real_sockets(tmp_path, wire: str) -> None:
         before = open_files()
         chaos = Chaos(simulator, llmkit.clock.SystemClock(), tmp_path, wire, f"{url}/v1")
         await chaos.all(Timeouts(first_token=0.75, idle=0.75, total=20, first_token_set=True))
+        await chaos.flights.aclose()
         await chaos.provider.aclose()
         chaos.ledger.close()
         await nothing_is_left(before)
