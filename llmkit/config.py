@@ -610,8 +610,19 @@ def _budget(table: Mapping[str, Any], blame: _Blame) -> BudgetSettings:
             if kind == "tag" and not re.fullmatch(r"[^=]+=.+", name):
                 raise blame(f"budget.tag.{name}: a tag is key=value, or key=* for each value", ("budget", kind, name))
             limits += [Limit(w, each.get("usd"), each.get("tokens"), kind, name) for w, each in windows.items()]
-    kept = tuple(limit for limit in limits if limit.usd is not None or limit.tokens is not None)
+    starred = {_whose(limit) for limit in limits if limit.name == "*" or limit.name.endswith("=*")}
+    kept = tuple(
+        limit
+        for limit in limits
+        # One's own "off" lifts what holds for everybody.
+        if limit.usd is not None or limit.tokens is not None or _whose(limit) in starred
+    )
     return BudgetSettings(**caps, request_usd_set="usd" in request, limits=kept, **other)
+
+
+def _whose(limit: Limit) -> tuple[str, str, str]:
+    """What a limit of one has in common with that of everybody (``*``)."""
+    return (limit.kind, limit.name.partition("=")[0] if limit.kind == "tag" else "", limit.window)
 
 
 def _cache(table: Mapping[str, Any]) -> CacheSettings:

@@ -112,6 +112,29 @@ def test_a_star_is_each_one_its_own_and_ones_own_limit_replaces_it() -> None:
     assert [a.limit_nanos / NANOS for a in made.of(star, endpoint()).accounts] == [1, 9]
 
 
+def test_ones_own_off_lifts_what_holds_for_everybody() -> None:
+    everybody = {"*": {"day": {"usd": 1}, "month": {"usd": 9}}, "ana": {"day": {"usd": "off"}}}
+    made = Budgets(
+        Config.of(
+            budget={
+                "session": {"usd": "off"},
+                "day": {"usd": "off"},
+                "user": everybody,
+                "tag": {
+                    "app=*": {"day": {"usd": 1}},
+                    "app=docs": {"day": {"usd": "off"}},
+                    "x=y": {"day": {"usd": "off"}},
+                },
+            }
+        ).budget
+    )
+    scopes = {
+        name: [account.scope for account in made.of(call(user=name, tags={"app": app}), endpoint()).accounts]
+        for name, app in (("ana", "docs"), ("bob", "x"))
+    }
+    assert scopes == {"ana": ["user ana, month"], "bob": ["user bob, day", "user bob, month", "tag app=x, day"]}
+
+
 @given(st.lists(st.tuples(st.sampled_from(["user", "tag", "model"]), st.text(min_size=1, max_size=12)), max_size=12))
 @settings(max_examples=200, deadline=None)
 def test_no_two_accounts_have_one_key(names) -> None:
