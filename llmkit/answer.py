@@ -1,7 +1,8 @@
 """An answer as it is stored: what a reply said, apart from the call that it was given to.
 
-The form is a line with a version and a checksum over the key and what follows, then JSON. Whoever can write where
-answers are kept can write anything, so nothing is taken from there unchecked; what does not check is `Unreadable`.
+The form is a line with a version and a checksum over the key and what follows, a line of JSON, and the text as it is:
+the text is most of it, and JSON would take it apart character by character. Whoever can write where answers are kept can
+write anything, so nothing is taken from there unchecked; what does not check is `Unreadable`.
 """
 
 from __future__ import annotations
@@ -113,7 +114,6 @@ class Answer(NamedTuple):
         """Its stored form under ``key``."""
         usage, cost = self.usage, self.cost
         fields = {
-            "text": self.text,
             "reasoning": self.reasoning,
             "model": self.model,
             "provider": self.provider,
@@ -123,7 +123,7 @@ class Answer(NamedTuple):
             "cost_nanos": None if cost is None else to_nanos(cost),
             "created": float(self.created),
         }
-        body = encoded(fields)
+        body = b"%b\n%b" % (encoded(fields), self.text.encode("utf-8", "replace"))
         return b"%b%b\n%b" % (_VERSION, _checksum(key, body), body)
 
     @classmethod
@@ -141,7 +141,8 @@ class Answer(NamedTuple):
         if stored[len(_VERSION) : _HEAD - 1] != _checksum(key, body):
             raise Unreadable("its checksum does not fit")
         try:
-            return _checked(scan(body.decode(), 0)[0])
+            head, _, text = body.partition(b"\n")
+            return _checked(scan(head.decode(), 0)[0], text.decode())
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, StopIteration) as error:
             raise Unreadable(f"a field is missing or of the wrong kind ({type(error).__name__})") from None
 
@@ -154,14 +155,13 @@ def _checksum(key: str, body: bytes) -> bytes:
     return sha256(b"%b\n%b" % (key.encode("utf-8", "replace"), body)).hexdigest().encode()
 
 
-def _checked(fields: Any) -> Answer:
+def _checked(fields: Any, text: str) -> Answer:
     """An `Answer` of fields, each of its kind and within its bounds; raises whatever comes handy."""
-    text, reasoning, tool_calls = fields["text"], fields["reasoning"], fields["tool_calls"]
-    if type(text) is not str or type(reasoning) is not str or type(tool_calls) is not str:
+    reasoning, tool_calls = fields["reasoning"], fields["tool_calls"]
+    if type(reasoning) is not str or type(tool_calls) is not str:
         raise TypeError
-    text.encode()  # half a surrogate pair is no text: printing it would fail
     if reasoning:
-        reasoning.encode()
+        reasoning.encode()  # half a surrogate pair is no text: printing it would fail
     if tool_calls:
         _check_tool_calls(json.loads(tool_calls))
     elif not text:
