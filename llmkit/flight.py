@@ -77,7 +77,8 @@ class SingleFlight:
         self._location = location
         self._clock = clock
         self._flights = flights
-        self._led: weakref.WeakSet[Reply] = weakref.WeakSet()
+        self._handed_on: weakref.WeakSet[Reply] = weakref.WeakSet()
+        self._rounds: dict[asyncio.AbstractEventLoop, _Rounds] = {}
 
     async def share(self, key: str, call: Call, asking: Asking) -> Reply | None:
         """Lead or follow, after a miss; for ``call.cache`` of ``use``, ``refresh`` and ``only``.
@@ -110,11 +111,19 @@ class SingleFlight:
 
     async def aclose(self) -> None:
         """End what is read on for others although its own reader has left. Before providers and ledger are closed."""
-        for reply in list(self._led):
+        for reply in list(self._handed_on):
             if reply.is_left:
                 await reply.abort()
         if self._flights is not None:
             await self._flights.aclose()
+
+    def _rounds_of(self, loop: asyncio.AbstractEventLoop) -> _Rounds:
+        rounds = self._rounds.get(loop)
+        if rounds is None:
+            for closed in [each for each in list(self._rounds) if each.is_closed()]:
+                self._rounds.pop(closed, None)
+            rounds = self._rounds[loop] = _Rounds(self._clock)
+        return rounds
 
 
 class _State:
@@ -195,11 +204,14 @@ class _Flight:
             if self.leader is leader and self.batches:
                 self._anew()
 
-    def finish(self, leader: _Caller, end: _End) -> None:
-        """It has ended, unless ``leader`` leads no longer."""
+    def finish(self, leader: _Caller, end: _End, unpublished: Reply | None = None) -> None:
+        """It has ended, unless ``leader`` leads no longer; ``unpublished`` is the answer where it is still to be handed on."""
         with _STATE.lock:
-            if self.leader is leader:
-                self._close(end)
+            if self.leader is not leader:
+                return
+            if unpublished is not None and self.followers:
+                self.batches.append([Chunk(unpublished.text, unpublished.reasoning)])
+            self._close(end)
 
     def abandon(self, leader: _Caller, *, may_ask: bool = False) -> None:
         """``leader`` leads no longer: one of the followers takes over, if there is one (and it ``may_ask``)."""
@@ -320,8 +332,9 @@ class _Caller:
                     return await settled(self._asking.ask(), self._asking.store)
                 self._relay(flight)
                 return None
-            self._outlet = _Outlet(claim, self._single._clock)
-            self._stop_following()
+            self._outlet = _NO_OUTLET if claim is _NO_CLAIM else _Outlet(claim, self._single._rounds_of(self.loop))
+            if self._timers:
+                self._stop_following()
             found = None if self._call.cache == "refresh" else await self._asking.look()
             if found is not None:
                 await self._outlet.close()
@@ -339,17 +352,17 @@ class _Caller:
 
     async def _claim(self, key: str) -> Claim | None:
         flights = self._single._flights
-        return _NoClaim() if flights is None else await flights.claim(key)
+        return _NO_CLAIM if flights is None else await flights.claim(key)
 
     async def _lead(self) -> Reply:
         reply = await settled(self._asking.ask(), self._ended)
         self.led = weakref.ref(reply)
-        self._single._led.add(reply)
         reply.share(self._kept)
         if reply.outcome is None:
             assert self._outlet is not None
+            assert self.flight is not None
             self._outlet.open(self._looked)
-            if self._wanted():
+            if self.flight.followers:
                 self._hand_on()
         return reply
 
@@ -359,6 +372,7 @@ class _Caller:
         if reply is not None and flight is not None and reply.outcome is None:
             if reply.source == "degraded":
                 flight.source = "degraded"
+            self._single._handed_on.add(reply)
             reply.read_on(self._heard)
 
     def _heard(self, batch: list[Chunk]) -> None:
@@ -401,11 +415,10 @@ class _Caller:
         assert flight is not None
         assert outlet is not None
         if reply is not None and (outcome.status == "complete" or reply.cut is not None):
-            if not reply.is_read_on:
-                flight.publish(self, [Chunk(reply.text, reply.reasoning)])
             await self._asking.store(outcome)
             await outlet.close()
-            flight.finish(self, _Landed.of(reply, None if reply.source == "degraded" else self._call.trail.spent))
+            saved = None if reply.source == "degraded" else self._call.trail.spent
+            flight.finish(self, _Landed.of(reply, saved), None if reply.is_read_on else reply)
         elif isinstance(outcome.error, LLMKitError) and _is_shared(outcome.error):
             await outlet.close(_written(outcome.error))
             flight.finish(self, _Failed(outcome.error))
@@ -728,85 +741,127 @@ class _NoClaim:
         """Nobody waits for it."""
 
 
+_NO_CLAIM = _NoClaim()
+
+
+class _Rounds:
+    """Looks after the outlets of one event loop, all of them in one timer."""
+
+    __slots__ = ("_timer", "clock", "outlets")
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.outlets: set[_Outlet] = set()
+        self._timer: TimerHandle | None = None
+
+    def add(self, outlet: _Outlet) -> None:
+        self.outlets.add(outlet)
+        if self._timer is None:
+            self._timer = self.clock.call_later(PUBLISH_S, self._round)
+
+    def _round(self) -> None:
+        self._timer = None
+        now = self.clock.now()
+        for outlet in list(self.outlets):
+            if outlet.due <= now:
+                outlet.look(now)
+        if self.outlets and self._timer is None:
+            self._timer = self.clock.call_later(PUBLISH_S, self._round)
+
+
 def _nothing() -> int:
     """Nothing has arrived, and nobody is told."""
     return 0
 
 
 class _Outlet:
-    """Publishes what arrives to other processes, a few times a second at most."""
+    """Publishes what arrives to other processes, a few times a second at most.
 
-    __slots__ = ("_clock", "_closed", "_looked", "_pause", "_pending", "_publishing", "_seen", "_timer", "claim")
+    Attributes:
+        due: when to look again whether somebody follows.
+    """
 
-    def __init__(self, claim: Claim, clock: Clock) -> None:
+    __slots__ = ("_closed", "_looked", "_pause", "_pending", "_publishing", "_rounds", "_seen", "claim", "due")
+
+    def __init__(self, claim: Claim, rounds: _Rounds) -> None:
         self.claim = claim
-        self._clock = clock
+        self.due = 0.0
+        self._rounds = rounds
         self._pause = PUBLISH_S
         self._seen = -1
         self._looked: Callable[[], int] = _nothing
         self._pending: list[tuple[str, str]] = []
         self._publishing: asyncio.Task[None] | None = None
-        self._timer: TimerHandle | None = None
-        self._closed = type(claim) is _NoClaim
+        self._closed = False
 
     def open(self, looked: Callable[[], int]) -> None:
         """The reply has begun: from now on, see whether somebody follows, and tell ``looked``, which says how much there
         is.
         """
         self._looked = looked
-        if not self._closed:
-            self._look()
+        self._rounds.add(self)
 
     def heard(self, batch: list[Chunk]) -> None:
-        if self._closed:
-            return
         self._pending += [(chunk.text, chunk.reasoning) for chunk in batch]
-        if self._pause > PUBLISH_S:  # it has been silent
-            self._pause = PUBLISH_S
-            self._set()
+        self.due = 0.0
 
-    def _look(self) -> None:
-        self._publish()
-        arrived = self._looked()
-        self._pause = PUBLISH_S if arrived != self._seen else min(2 * self._pause, SILENT_S)
-        self._seen = arrived
-        self._set()
-
-    def _set(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None if self._closed else self._clock.call_later(self._pause, self._look)
-
-    def _publish(self) -> None:
+    def look(self, now: float) -> None:
+        """Publish what is new, and see whether somebody follows."""
         if self._publishing is None:
             pieces, self._pending = self._pending, []
             self._publishing = begun(self.claim.publish(pieces))
             if self._publishing is not None:
                 self._publishing.add_done_callback(self._published)
+        arrived = self._looked()
+        self._pause = PUBLISH_S if arrived != self._seen else min(2 * self._pause, SILENT_S)
+        self._seen = arrived
+        self.due = now + self._pause - 1e-6 if not self._pending else 0.0
 
     def _published(self, _: asyncio.Task[None]) -> None:
         self._publishing = None
 
     async def close(self, failure: str | None = None) -> None:
         """It has ended: publish the rest, where somebody follows, and release the claim."""
+        if self._closed:
+            return
+        self._closed = True
+        self._rounds.outlets.discard(self)
         claim, self._looked = self.claim, _nothing
-        if self._timer is not None:
-            self._timer.cancel()
-        if not self._closed:
-            self._closed = True
-            if self._publishing is not None:
-                await self._publishing
-            if self._pending and claim.followed:
-                await claim.publish(self._pending)
-            await (claim.release() if failure is None else claim.release(failure))
+        if self._publishing is not None:
+            await self._publishing
+        if self._pending and claim.followed:
+            await claim.publish(self._pending)
+        await (claim.release() if failure is None else claim.release(failure))
 
     def drop(self) -> None:
         """Its event loop is gone: release the claim from this one."""
         self._closed = True
+        self._rounds.outlets.discard(self)
         if (rest := begun(self.claim.release())) is not None:
             _RELEASES.add(rest)
             rest.add_done_callback(_RELEASES.discard)
 
+
+class _NoOutlet(_Outlet):
+    """Where there is no other process to publish to."""
+
+    def __init__(self) -> None:
+        self.claim = _NO_CLAIM
+
+    def open(self, looked: Callable[[], int]) -> None:
+        """Nobody follows."""
+
+    def heard(self, batch: list[Chunk]) -> None:
+        """Nobody hears it."""
+
+    async def close(self, failure: str | None = None) -> None:
+        """Nobody waits for it."""
+
+    def drop(self) -> None:
+        """There is nothing to release."""
+
+
+_NO_OUTLET = _NoOutlet()
 
 _RELEASES: set[asyncio.Task[None]] = set()  # a loop keeps only weak references to its tasks
 
