@@ -115,6 +115,7 @@ def hold(connection: sqlite3.Connection, change: Hold, own: OwnHolds) -> None:
 
 
 def sent(connection: sqlite3.Connection, change: Sent, _: OwnHolds) -> None:
+    """Note it with the hold, where nobody can look at the owner's board."""
     connection.execute(_SENT, change)
 
 

@@ -99,10 +99,12 @@ def abandoned(held: Held, *, sent: bool) -> tuple[Amounts, Held]:
 
 
 def added(first: Amounts, second: Amounts) -> Amounts:
+    """Both together."""
     return tuple(a + b for a, b in zip(first, second, strict=True))  # type: ignore[return-value]
 
 
 def difference(new: Amounts, old: Amounts) -> Amounts:
+    """What has to be added to ``old`` to get ``new``."""
     return tuple(a - b for a, b in zip(new, old, strict=True))  # type: ignore[return-value]
 
 

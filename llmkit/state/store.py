@@ -290,6 +290,7 @@ def fitting(change: Change) -> Change:
 
 
 def fitting_account(account: Account) -> Account:
+    """The same account with values that every store can hold; see `fitting`."""
     return Account._make(_fit(value) for value in account)
 
 
