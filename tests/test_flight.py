@@ -429,6 +429,47 @@ def test_a_leader_that_is_closed_is_read_on_for_its_followers() -> None:
     run(main)
 
 
+def test_a_leader_whose_reader_is_cancelled_in_mid_stream_is_read_on_for_its_followers() -> None:
+    async def main() -> None:
+        kitchen = Kitchen()
+        leader = kitchen.start(stream=False)
+        await turns()
+        kitchen.wire.say("one ")
+        await turns()
+        follower = kitchen.start()
+        await turns()
+        kitchen.wire.say("two ")
+        await turns()
+        leader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leader
+        assert kitchen.wire.closed == []
+        kitchen.wire.say("three", "END")
+        assert ((await follower).text, kitchen.wire.asked) == ("one two three", 1)
+        assert kitchen.outcomes == ["complete"] * 2
+
+    run(main)
+
+
+def test_a_leader_whose_reader_is_cancelled_when_its_followers_have_left_ends_at_once() -> None:
+    async def main() -> None:
+        kitchen = Kitchen()
+        leader = kitchen.start(stream=False)
+        await turns()
+        kitchen.wire.say("one ")
+        await turns()
+        follower = await kitchen.opened()
+        kitchen.wire.say("two ")
+        await turns()
+        await follower.aclose()
+        leader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leader
+        assert (kitchen.wire.closed, kitchen.outcomes) == ([1], ["aborted"] * 2)
+
+    run(main)
+
+
 def test_a_leader_that_is_left_ends_with_its_last_follower() -> None:
     async def main() -> None:
         kitchen = Kitchen()
