@@ -106,21 +106,24 @@ def frame(
     """
     import pandas as pd
 
-    times = [key for key in by if key in CALENDAR]
+    finest, times = "", [key for key in by if key in CALENDAR]
     columns = [_COLUMNS[key] for key in by if key not in CALENDAR]
     given: dict[str, Any] = {"by": columns, "sums": _SUMMED, "since": since, "until": until}
     if times:
         begin = _first(ledger, now) if since is None else since
         end = max(now + QUARTER_S, begin) if until is None else until
-        edges = list(windows(_finest(times), begin, end, zone))
+        finest = _finest(times)
+        edges = list(windows(finest, begin, end, zone))
         some = (edges[at : at + _AT_ONCE + 1] for at in range(0, len(edges) - 1, _AT_ONCE))
         rows = [row for each in some for row in ledger.spend(**given, windows=each)]
     else:
         rows = ledger.spend(**given)
     table = pd.DataFrame.from_records(rows, columns=[*(["window"] if times else []), *columns, *_SUMMED])
     for key in times:
-        begins = {at: window(key, at, zone)[0] for at in table["window"].unique()}
-        table[key] = table["window"].map(begins)
+        if key == finest:
+            table[key] = table["window"]
+        else:
+            table[key] = table["window"].map({at: window(key, at, zone)[0] for at in table["window"].unique()})
     if "tag" in by:
         table = _by_tag(table)
     summed = table.groupby([*by], dropna=False, sort=False, as_index=False)[[*_SUMMED]].sum()
