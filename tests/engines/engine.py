@@ -44,9 +44,9 @@ class Engine:
 
     @property
     def settings(self) -> str:
-        """``llmkit.toml`` for this engine."""
+        """``llmkit.toml`` for this engine. Without the cache: it is the engine that is asked here, each time."""
         local = f'provider = "{self.provider}"\nmodel = "{self.model}"\nbase_url = "{self.url}"'
-        return f'model = "local"\n\n[models.local]\n{local}\n'
+        return f'model = "local"\n\n[cache]\nenabled = false\n\n[models.local]\n{local}\n'
 
 
 @contextmanager

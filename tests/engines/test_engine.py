@@ -191,7 +191,7 @@ def test_many_at_once_are_all_answered_and_counted(folder, engine, calls) -> Non
 def test_the_other_wire_format_says_the_same(client, vllm, folder) -> None:
     plain = client.complete(PROMPT, **GREEDY)
     (folder / "llmkit.toml").write_text(
-        f'model = "twin:{vllm.model}"\n[providers.twin]\nbase_url = "{vllm.url}"\nwire = "anthropic"\n'
+        f'model = "twin:{vllm.model}"\n[providers.twin]\nbase_url = "{vllm.url}"\nwire = "anthropic"\n[cache]\nenabled = false\n'
     )
     with llmkit.Client() as twin:
         whole = twin.complete(PROMPT, **GREEDY)
