@@ -39,7 +39,7 @@ Work = Callable[[sqlite3.Connection], T]
 PATIENCE_S = 10.0
 LOOK_AGAIN_S = 1.0  # how often a transaction checks that the file is still the one at its path
 GROUP = 64  # most waiting pieces of work that share one transaction
-CHANGES_A_CHECKPOINT = 2_000  # rows; about four thousand pages
+CHANGES_A_CHECKPOINT = 5_000  # rows; about four thousand pages
 PAGES_OF_LOG = 4000  # beyond them the log is begun anew; 16 MB
 PAGES_OF_LOG_AT_MOST = 20_000  # beyond them a commit does it by itself, on whatever thread it is
 

@@ -88,7 +88,7 @@ MOST = 10**15
 
 def counted(value: str) -> str:
     """Unknown counts nothing; what only a broken or hostile server can have sent is cut, so that no sum overflows."""
-    return f"max(0, min(coalesce({value}, 0), {MOST}))"
+    return f"CASE WHEN {value} BETWEEN 0 AND {MOST} THEN {value} WHEN {value} > {MOST} THEN {MOST} ELSE 0 END"
 
 
 LAST_ENDPOINT = """

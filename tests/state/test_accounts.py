@@ -811,20 +811,16 @@ def test_no_limit_is_passed_while_processes_are_killed_and_all_can_be_spent_afte
     chance = random.Random(3)
     spenders = [started(SPENDER, path, number) for number in range(4)]
     watcher = started(WATCHER, path)
-    kills = 0
-    deadline = time.monotonic() + 6
-    while time.monotonic() < deadline:
-        time.sleep(chance.uniform(0, 0.05))
+    for kills in range(16):
+        time.sleep(chance.uniform(0, 0.2))
         index = chance.randrange(len(spenders))
         killed(spenders[index])
-        kills += 1
         if kills % 5 == 0:  # somebody starts, and looks after what the dead have left
             store.reap(0.0, is_gone=from_here, was_sent=lambda owner, slot: False)
         spenders[index] = started(SPENDER, path, f"again {kills}")
     for process in spenders:
         killed(process)
     assert killed(watcher).count("\n") > 1
-    assert kills > 10
 
     store.reap(0.0, is_gone=from_here, was_sent=lambda owner, slot: False)
     rows = store.database.read("SELECT key, settled_nanos, held_nanos, unknown_nanos FROM accounts WHERE key <> 'all'")
