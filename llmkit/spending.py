@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from llmkit.ledger import Ledger
 
-__all__ = ["KEYS", "MEASURES", "asked", "frame", "keys", "moment", "summary", "table"]
+__all__ = ["KEYS", "MEASURES", "asked", "brief", "frame", "keys", "moment", "summary", "table"]
 
 KEYS = ("model", "user", "tag", *CALENDAR)
 
@@ -46,6 +46,8 @@ MEASURES = {
 _NANOS = {"cost_usd": "cost_nanos", "saved_usd": "saved_nanos"}
 _SUMMED = tuple(_NANOS.get(name, name) for name in MEASURES)
 _COLUMNS = {"model": "model", "user": "user", "tag": "tags"}
+_RARE = ("cached_input_tokens", "reasoning_tokens", "unpriced", "maybe_billed")
+_TIMES = {"hour": "%Y-%m-%d %H:%M %Z", "month": "%Y-%m"}
 _AT_ONCE = 10_000  # windows that are asked for together
 _AGO = Rule("duration")
 
@@ -168,25 +170,28 @@ def _typed(summed: pd.DataFrame, by: tuple[str, ...], times: Sequence[str], zone
     return shown[[*by, *MEASURES]].sort_values(order, ascending=ascending, ignore_index=True)
 
 
+def brief(frame: pd.DataFrame) -> pd.DataFrame:
+    """Such a frame to be looked at: times as text, and without the columns that say nothing."""
+    shown = frame.drop(columns=[name for name in _RARE if not frame[name].any()])
+    for name in shown.columns.intersection(list(CALENDAR)):
+        shown[name] = shown[name].dt.strftime(_TIMES.get(name, "%Y-%m-%d")).astype("string")
+    return shown
+
+
 def table(frame: pd.DataFrame) -> str:
-    """Such a frame as text, for a terminal."""
-    formats = {"hour": "%Y-%m-%d %H:%M %Z", "month": "%Y-%m"}
+    """A brief frame as text, for a terminal."""
     columns: dict[str, list[str]] = {}
-    for name, column in frame.items():
-        if name in CALENDAR:
-            columns[str(name)] = [each.strftime(formats.get(str(name), "%Y-%m-%d")) for each in column]
-        elif name in _NANOS:
-            columns[str(name)] = [money(round(Decimal(str(each)), 9)) for each in column]
+    for name in map(str, frame.columns):
+        if name in _NANOS:
+            cells = [money(round(Decimal(str(each)), 9)) for each in frame[name]]
         elif name in MEASURES:
-            columns[str(name)] = [f"{each:,}" for each in column]
+            cells = [f"{each:,}" for each in frame[name]]
         else:
-            columns[str(name)] = [tidy(each, limit=60) for each in column.fillna("-")]
-    lines = []
-    widths = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
-    for at in range(-1, len(frame)):
-        cells = {name: name.replace("_", " ") if at < 0 else column[at] for name, column in columns.items()}
-        lines.append("  ".join(c.rjust(widths[n]) if n in MEASURES else c.ljust(widths[n]) for n, c in cells.items()))
-    return "\n".join(line.rstrip() for line in lines)
+            cells = [tidy(each, limit=60) for each in frame[name].fillna("-")]
+        width = max(map(len, (name, *cells)))
+        aligned = str.rjust if name in MEASURES else str.ljust
+        columns[name] = [aligned(each, width) for each in (name.replace("_", " "), *cells)]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns.values(), strict=True))
 
 
 def asked(words: Sequence[str]) -> tuple[str, str]:

@@ -268,6 +268,18 @@ def test_a_summary(books) -> None:
     assert summary(books.spend("tag"), "tag", "30d") == "by tag, last 30d; a call counts for each of its tags"
 
 
+def test_a_report_is_brief(books) -> None:
+    books.call(NOW, ("gpt", 5_000_000), user="ana")
+    books.call(NOW - DAY, ("other", None, {"cached_input_tokens": 0, "reasoning_tokens": 0}))
+    shown = spending.brief(books.spend(["day", "user"]))
+    assert list(shown["day"]) == ["2026-11-20", "2026-11-21"]
+    assert list(shown.columns)[2:] == [name for name in MEASURES if name != "maybe_billed"]
+    assert spending.table(shown).splitlines()[1].split()[:4] == ["2026-11-20", "-", "1", "1"]
+    assert list(spending.brief(books.spend("hour"))["hour"]) == ["2026-11-20 12:00 UTC", "2026-11-21 12:00 UTC"]
+    assert list(spending.brief(books.spend("month"))["month"]) == ["2026-11"]
+    assert len(spending.brief(books.spend("day", since=NOW + DAY))) == 0
+
+
 def test_every_key_can_be_asked_for() -> None:
     assert [keys(key) for key in KEYS] == [(key,) for key in KEYS]
     assert set(spending.__all__) <= set(dir(spending))

@@ -20,5 +20,5 @@ def run(arguments: argparse.Namespace) -> int:
         frame = client.spend(by=by, since=since)
     print(spending.summary(frame, by, since))
     if len(frame):
-        print(f"\n{spending.table(frame)}")
+        print(f"\n{spending.table(spending.brief(frame))}")
     return 0

@@ -108,10 +108,14 @@ class _Row(NamedTuple):
 def table(frame: pd.DataFrame, budget: BudgetSettings, cell: object = None) -> str:
     """`AsyncClient.budgets` as a block of text, with what holds for all limits above it."""
     rows = _rows(frame, budget)
-    then = {"error": "an error", "downgrade": "a cheaper model of the chain, else an error", "warn": "a warning"}
+    then = {
+        "error": "an error",
+        "downgrade": "a cheaper model of the chain, else an error",
+        "warn": "a warning, and the call goes on",
+    }
     lines = [
         f"a request:    {of_request(budget, cell)}",
-        f"at a limit:   {then[budget.at_limit]}; a warning from {budget.warn_at:.0%} on",
+        f"at a limit:   {then[budget.at_limit]}; there is a warning from {budget.warn_at:.0%} on",
         f"time zone:    {budget.timezone}",
     ]
     if not rows:

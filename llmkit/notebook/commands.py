@@ -272,6 +272,7 @@ def _report(magics: LLMMagics, words: list[str]) -> Any:
     by, since = spending.asked(words)
     frame = magics.session.client.spend(by=by, since=since)
     print(spending.summary(frame, by, since))
+    frame = spending.brief(frame)
     if hasattr(magics.shell, "kernel"):
         return frame
     print(f"\n{spending.table(frame)}")  # pandas would leave columns out

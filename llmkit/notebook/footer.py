@@ -8,6 +8,7 @@ import html
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit.money import money
+from llmkit.notebook.formats import DOLLAR
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def status_html(text: str) -> str:
 
 
 def _safe(text: str) -> str:
-    return html.escape(tidy(text))
+    # A page that sets formulas would take what stands between two amounts for one.
+    return html.escape(tidy(text)).replace("\\", "<span>&#92;</span>").replace("$", DOLLAR)
 
 
 def metadata(reply: Reply) -> dict[str, Any]:

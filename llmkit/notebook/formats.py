@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 
-__all__ = ["MAX_JSON", "bundle", "plain"]
+__all__ = ["DOLLAR", "MAX_JSON", "bundle", "plain"]
 
 MAX_JSON = 2_000_000
 """Characters up to which JSON is parsed to be shown indented."""
@@ -23,7 +23,8 @@ _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _INLINE_CODE = re.compile(r"((?<!`)(`+)(?!`).+?(?<!`)\2(?!`))")
 _FORMULA = re.compile(r"[\\^_{}=+*<>]")
 _LONGEST_LINE = 10_000
-_DOLLAR = "<span>&#36;</span>"  # in an element of its own: else MathJax would still pair it with the next one
+DOLLAR = "<span>&#36;</span>"
+"""In an element of its own: else MathJax would still pair it with the next one."""
 
 
 def plain(text: str) -> str:
@@ -104,7 +105,7 @@ def _text_with_dollars(text: str) -> str:
             shown.append(f"${inside}${after[at + 1]}")
             at += 2
         else:
-            shown.append(_DOLLAR + inside)
+            shown.append(DOLLAR + inside)
             at += 1
     return "".join(shown)
 

@@ -190,6 +190,16 @@ def test_notes_are_lines_of_their_own_each_once() -> None:
     assert as_text(notes(["only this"])) == "only this"
 
 
+def test_amounts_are_no_formula() -> None:
+    """JupyterLab sets what stands between two dollars as one, in HTML as well."""
+    parts = of_reply(stored("cache", Decimal("0.0012")))
+    assert as_text(parts).count("$") == 2
+    shown = as_html([*parts, *notes([r"\(x\) $1"])]) + status_html("$1 of $2")
+    assert "$" not in shown
+    assert "\\" not in shown
+    assert shown.count("<span>&#36;</span>") == 5
+
+
 def test_a_note_is_short_and_on_one_line() -> None:
     (part,) = notes(["x\n\x1b[2J" + "y" * 10_000])
     assert len(part.text) <= 300

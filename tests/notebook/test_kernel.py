@@ -143,7 +143,7 @@ def test_an_answer_streams_and_ends_in_two_outputs(kernel, server) -> None:
     assert (about["model"], about["cost_usd"], about["source"]) == ("tiny-1", "0.000017", "provider")
     assert about["usage"]["input_tokens"] == 7
     assert plain(footer).startswith("tiny-1 · 7 → 5 tokens · $0.000017 · ")
-    assert "$0.000017" in footer["data"]["text/html"]
+    assert "<span>&#36;</span>0.000017" in footer["data"]["text/html"]
     assert kernel.value("[a.text, a is _, a.request_id]") == ["The whole *answer*", True, about["request_id"]]
 
 
