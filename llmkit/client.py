@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from llmkit.flight import SingleFlight
     from llmkit.portal import Portal
     from llmkit.reply import Reply
+    from llmkit.state.database import Database
     from llmkit.state.shared import Circuits, Contents, Entries
     from llmkit.state.sharing import Shared
 
@@ -84,7 +85,7 @@ class AsyncClient:
         self._shared = shared = open_shared(self.config.state_url, self.clock, self.config.environ)
         if shared is None:
             self.ledger = Ledger.open(self.config.state_url, self.clock)
-            circuits: Circuits = SQLiteCircuits(lambda: self.ledger.database, self.clock)
+            circuits: Circuits = SQLiteCircuits(functools.partial(_database, self.ledger), self.clock)
         else:
             self.ledger = Ledger("sqlite", self.clock, accounts=shared.accounts)
             circuits = shared.circuits
@@ -117,7 +118,11 @@ class AsyncClient:
             ),
             self._provider,
         )
-        self._alerts = Alerts(self.config.alerts, self._zone, self._spent_since, self.clock, on_alert)
+        # Of the ledger and the config, not of the client: in a ring, one that is dropped would not go in order.
+        spent_since = functools.partial(_spent_since, self.ledger)
+        self._alerts = Alerts(
+            self.config.alerts, functools.partial(_zone, self.config), spent_since, self.clock, on_alert
+        )
         self._model: str | None = None
         self._templates: dict[str, Call] = {}
         self._arriving: WeakSet[Reply] = WeakSet()
@@ -255,7 +260,7 @@ class AsyncClient:
 
         now = self.clock.time()
         began, ended = spending.moment(since, now), spending.moment(until, now, "until")
-        return spending.frame(self.ledger, spending.keys(by), self._zone(), now=now, since=began, until=ended)
+        return spending.frame(self.ledger, spending.keys(by), _zone(self.config), now=now, since=began, until=ended)
 
     def export(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
         """Write the whole ledger to a ``.csv``, ``.jsonl`` or ``.parquet`` file; see `llmkit.export.export`.
@@ -292,17 +297,6 @@ class AsyncClient:
         self.config = config
         self._templates = {}
         self._budgets.use(config.budget)
-
-    def _zone(self) -> tzinfo:
-        from llmkit.budgets import zone_of
-
-        return zone_of(self.config.budget.timezone)
-
-    def _spent_since(self, since: float) -> dict[int, int]:
-        spent: dict[int, int] = {}
-        for quarter, nanos in self.ledger.spend(by=("quarter",), sums=("cost_nanos",), since=since):
-            spent[quarter] = spent.get(quarter, 0) + nanos
-        return spent
 
     def breakers(self) -> pd.DataFrame:
         """The circuit of every endpoint used so far, and of those that are not closed in another kernel.
@@ -502,6 +496,23 @@ class ClientCache:
 
     def __repr__(self) -> str:
         return repr(self._cache)
+
+
+def _database(ledger: Ledger) -> Database | None:
+    return ledger.database
+
+
+def _zone(config: Config) -> tzinfo:
+    from llmkit.budgets import zone_of
+
+    return zone_of(config.budget.timezone)
+
+
+def _spent_since(ledger: Ledger, since: float) -> dict[int, int]:
+    spent: dict[int, int] = {}
+    for quarter, nanos in ledger.spend(by=("quarter",), sums=("cost_nanos",), since=since):
+        spent[quarter] = spent.get(quarter, 0) + nanos
+    return spent
 
 
 def _entries(config: Config, clock: Clock, shared: Shared | None) -> Entries:
