@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from zoneinfo import ZoneInfo
 
+import httpx
 import pytest
 
+import llmkit
 from llmkit.alerts import Alerts
 from llmkit.call import Attempt
 from llmkit.config import AlertSettings
@@ -349,3 +351,80 @@ def test_any_other_failure_leaves_it_able_to_look_again() -> None:
         assert setting.kinds == ["hour"]
 
     asyncio.run(main())
+
+
+# -- with a client -----------------------------------------------------------------------------------------------------
+
+
+def answering(*contents):
+    """A transport that answers with these texts in turn, 1000 tokens each way, or breaks off where one is None."""
+    said = iter(contents)
+
+    def answer(request):
+        content = next(said)
+        if content is None:
+            return httpx.Response(400, json={"error": {"message": "no"}})
+        usage = {"prompt_tokens": 1000, "completion_tokens": 1000}
+        choice = {"index": 0, "message": {"content": content}, "finish_reason": "stop"}
+        return httpx.Response(200, json={"model": "tiny-1", "choices": [choice], "usage": usage})
+
+    return httpx.MockTransport(answer)
+
+
+def client_of(path, transport, **settings):
+    price = {"input": 100, "output": 100}  # 0.20 USD a call
+    tiny = {"provider": "vllm", "model": "tiny", "base_url": "http://127.0.0.1:9/v1", "price": price}
+    budget = {"request": {"usd": "off"}, "session": {"usd": "off"}, "day": {"usd": "off"}}
+    return llmkit.AsyncClient(
+        model="tiny",
+        models={"tiny": tiny},
+        budget=budget,
+        state={"url": f"sqlite://{path}"},
+        transport=transport,
+        **settings,
+    )
+
+
+def test_a_client_tells_what_it_and_others_spend(tmp_path) -> None:
+    async def main() -> None:
+        heard: list[AlertRaised] = []
+        alerts = {"call_usd": 0.1, "hour_usd": 0.5}
+        path = tmp_path / "ledger.sqlite3"
+        async with client_of(path, answering("a", "b"), on_alert=heard.append, alerts=alerts) as client:
+            await client.complete("one")
+            async with client_of(path, answering("c", "d")) as other:
+                await other.complete("two")
+                await other.complete("three")
+            client._alerts._sums = None  # a second later
+            await client.complete("four", user="ana")
+        assert [(alert.kind, alert.spent) for alert in heard] == [
+            ("call", Decimal("0.2")),
+            ("call", Decimal("0.2")),
+            ("hour", Decimal("0.8")),
+        ]
+
+    asyncio.run(main())
+
+
+def test_a_hit_and_a_refused_call_are_no_spending(tmp_path) -> None:
+    async def main() -> None:
+        heard: list[AlertRaised] = []
+        transport = answering("a", None)
+        async with client_of(
+            tmp_path / "l.sqlite3", transport, on_alert=heard.append, alerts={"call_usd": 0.1}
+        ) as client:
+            await client.complete("one")
+            reply = await client.complete("one")
+            assert reply.source == "cache"
+            with pytest.raises(llmkit.InvalidRequest):
+                await client.complete("two")
+        assert [alert.kind for alert in heard] == ["call"]
+
+    asyncio.run(main())
+
+
+def test_the_sync_client_takes_a_callback_as_well(tmp_path) -> None:
+    heard: list[AlertRaised] = []
+    with llmkit.Client(model="simulator", state={"url": "memory"}, on_alert=heard.append) as client:
+        client.complete("hi")
+    assert heard == []
