@@ -29,7 +29,15 @@ from llmkit.account import Hold, HoldRefused, Release, Settle
 from llmkit.errors import StoreError
 from llmkit.state.board import Board, clear_boards, was_sent
 from llmkit.state.owner import current_owner, is_gone
-from llmkit.state.store import AttemptBegun, DuplicateCall, ledger_path, open_store
+from llmkit.state.store import (
+    AttemptBegun,
+    CallBegun,
+    CallEnded,
+    CallServed,
+    DuplicateCall,
+    ledger_path,
+    open_store,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -46,7 +54,7 @@ if TYPE_CHECKING:
     from llmkit.reply import Outcome
     from llmkit.rows import Row
     from llmkit.state.database import Database
-    from llmkit.state.store import CallBegun, Change, Store
+    from llmkit.state.store import Change, Store
 
 __all__ = ["Ledger"]
 
@@ -164,6 +172,7 @@ class Ledger:
         self.on_held: Callable[[Hold], object] = lambda _: None
         self.on_ended: Callable[[Hold], object] = lambda _: None
         self._accounts = accounts
+        self._owner: str | None = None  # kept, since to ask for a process's number takes a microsecond or two
         self._board = Board(None)
         self._reaped = float("-inf")
         self._served: list[_Entry] = []
@@ -194,7 +203,9 @@ class Ledger:
     @property
     def owner(self) -> str:
         """Who calls and holds: this process."""
-        return current_owner()
+        if self._owner is None:
+            self._owner = current_owner()
+        return self._owner
 
     @property
     def is_open(self) -> bool:
@@ -208,7 +219,7 @@ class Ledger:
 
     def call_began(self, call: Call) -> None:
         """Remember the call. It is written with its first attempt, or when it ends."""
-        self._open_calls[id(call.trail)] = _Entry(call.trail, rows.call_began(call, current_owner()))
+        self._open_calls[id(call.trail)] = _Entry(call.trail, rows.call_began(call, self._owner or self.owner))
 
     async def attempt_began(
         self, call: Call, number: int, endpoint: Endpoint, started_at: float
@@ -571,7 +582,7 @@ class Ledger:
             return None
         store = self._ready()
         try:
-            waiting = store.commit([change for entry in entries for change in self._changes_of(entry, store)])
+            waiting = store.commit([self._served_whole(entry, store) for entry in entries])
         except StoreError:
             self._write_each(entries)
             return None
@@ -580,9 +591,12 @@ class Ledger:
         return waiting
 
     @staticmethod
-    def _changes_of(entry: _Entry, store: Store) -> list[Change]:
+    def _served_whole(entry: _Entry, store: Store) -> CallServed:
         entry.store, entry.written = store, len(entry.changes)
-        return entry.changes
+        begun, ended = entry.changes
+        assert isinstance(begun, CallBegun)
+        assert isinstance(ended, CallEnded)
+        return CallServed(begun, ended)
 
     def _write_each(self, entries: list[_Entry]) -> None:
         """One of them spoilt it for all."""
@@ -692,6 +706,7 @@ class Ledger:
         self._opening = threading.Lock()
         self._falling = threading.Lock()
         self._serving = threading.Lock()
+        self._owner = None
         self._open_calls.clear()
         self._groups.clear()
         self._served = []

@@ -1161,13 +1161,13 @@ def test_what_came_from_the_cache_is_written_in_groups_and_costs_nothing(on_disk
             driven(served(on_disk, f"r{number}"))
         assert commits == []
         await served(on_disk, "r63")
-        assert commits == [128]
+        assert commits == [64]
         await served(on_disk, "later")
         await asyncio.sleep(0.2)
-        assert commits == [128, 2]
+        assert commits == [64, 1]
         await served(on_disk, "beside")
         await completed(on_disk, new_call("paid"))
-        assert commits[2] == 2
+        assert commits[2] == 1
         await served(on_disk, "read")
         return on_disk.calls()
 
@@ -1212,3 +1212,16 @@ def test_what_waits_is_written_when_the_interpreter_ends(tmp_path):
     ledger = Ledger.open(url)
     assert [row["source"] for row in ledger.calls()] == ["cache"]
     ledger.close()
+
+
+def test_what_was_saved_is_in_the_sums_of_spending(ledger):
+    async def scenario():
+        await ledger.open_store()
+        for number in range(3):
+            await served(ledger, f"r{number}\ud800")
+
+    asyncio.run(scenario())
+    assert ledger.spend(by=("model",), sums=("calls", "attempts", "cost_nanos", "saved_nanos")) == [
+        ("openai:gpt-5-mini-2026-08-07", 3, 0, 0, 6_000_000)
+    ]
+    assert [row["saved_usd"] for row in ledger.calls()] == [Decimal("0.002")] * 3

@@ -35,6 +35,7 @@ from llmkit.state.store import (
     AttemptEnded,
     CallBegun,
     CallEnded,
+    CallServed,
     DuplicateCall,
     fitting,
     fitting_account,
@@ -120,6 +121,9 @@ class MemoryStore:
             self._end_attempt(change.request_id, change.number, change._asdict())
         elif isinstance(change, CallEnded):
             self._end_call(change.request_id, change._asdict())
+        elif isinstance(change, CallServed):
+            self._begin(self._calls, change.begun.request_id, CALL_COLUMNS, change.begun)
+            self._end_call(change.begun.request_id, change.ended._asdict())
         elif isinstance(change, Hold):
             self._hold(change)
         elif isinstance(change, Sent):

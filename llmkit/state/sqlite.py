@@ -29,6 +29,7 @@ from llmkit.state.store import (
     AttemptEnded,
     CallBegun,
     CallEnded,
+    CallServed,
     DuplicateCall,
     fitting,
     fitting_account,
@@ -67,7 +68,15 @@ _SQL: dict[type[Change], str] = {
     AttemptEnded: _update("attempts", AttemptEnded, 2),
     CallEnded: _update("calls", CallEnded, 1, f"endpoint = ({LAST_ENDPOINT})"),
 }
-_ACCOUNTING: dict[type[Change], Callable[[sqlite3.Connection, Any, OwnHolds], None]] = {
+_SERVED = f"INSERT INTO calls ({', '.join(CALL_COLUMNS)}) VALUES ({', '.join('?' * len(CALL_COLUMNS))})"  # noqa: S608
+
+
+def _serve(connection: sqlite3.Connection, change: CallServed, _: OwnHolds) -> None:
+    connection.execute(_SERVED, (*change.begun, *change.ended[:-1]))  # the columns of the one, and then of the other
+
+
+_OTHERS: dict[type[Change], Callable[[sqlite3.Connection, Any, OwnHolds], None]] = {
+    CallServed: _serve,
     Hold: hold,
     Sent: sent,
     Settle: end,
@@ -131,7 +140,7 @@ class SQLiteStore:
             for change in changes:
                 sql = _SQL.get(type(change))
                 if sql is None:
-                    _ACCOUNTING[type(change)](connection, change, self._own_holds)
+                    _OTHERS[type(change)](connection, change, self._own_holds)
                 else:
                     execute(sql, tuple(change))  # a plain tuple is bound without a call for each value
         except sqlite3.IntegrityError as error:

@@ -31,6 +31,7 @@ __all__ = [
     "AttemptEnded",
     "CallBegun",
     "CallEnded",
+    "CallServed",
     "Change",
     "DuplicateCall",
     "Store",
@@ -133,13 +134,20 @@ class CallEnded(NamedTuple):
     request_id: str
 
 
+class CallServed(NamedTuple):
+    """A call that came in and ended without an attempt, both at once: as the two changes in it, in one statement."""
+
+    begun: CallBegun
+    ended: CallEnded
+
+
 class DuplicateCall(StoreError):
     """A call with this request_id is in the store already; nothing of the commit was applied."""
 
     default_next_step = "give each call a request_id of its own, or none"
 
 
-Change = CallBegun | AttemptBegun | AttemptEnded | CallEnded | Hold | Sent | Settle | Release
+Change = CallBegun | AttemptBegun | AttemptEnded | CallEnded | CallServed | Hold | Sent | Settle | Release
 
 CALL_COLUMNS = tuple(dict.fromkeys((*CallBegun._fields, *CallEnded._fields)))
 ATTEMPT_COLUMNS = tuple(dict.fromkeys((*AttemptBegun._fields, *AttemptEnded._fields)))
@@ -286,6 +294,8 @@ def fitting(change: Change) -> Change:
         accounts = tuple(fitting_account(account) for account in change.accounts)
         fitted = Hold._make(_fit(value) for value in change._replace(accounts=(), balances=[]))
         return fitted._replace(accounts=accounts, balances=change.balances)  # the list is where the answer goes
+    if isinstance(change, CallServed):
+        return CallServed(CallBegun._make(map(_fit, change.begun)), CallEnded._make(map(_fit, change.ended)))
     return type(change)._make(_fit(value) for value in change)
 
 
