@@ -317,11 +317,11 @@ class Breakers:
 
     def owes(self, circuit: Circuit) -> bool:
         """Whether others are to be told of a change there."""
-        return circuit.unshared and self._shared is not None
+        return circuit.unshared and self._is_shared(circuit)
 
     def knows(self, circuit: Circuit) -> bool:
         """Whether others need not be asked about an attempt there."""
-        if self._shared is None:
+        if not self._is_shared(circuit):
             return True
         return circuit.state == "closed" and self._clock.now() - circuit.looked < LOOK_AGAIN_S
 
@@ -334,10 +334,11 @@ class Breakers:
         Raises:
             CircuitOpen: when none is admitted now, here or in all processes together.
         """
-        if self._clock.now() - circuit.looked >= LOOK_AGAIN_S or circuit.retry_after == 0:
+        is_shared = self._is_shared(circuit)
+        if is_shared and (self._clock.now() - circuit.looked >= LOOK_AGAIN_S or circuit.retry_after == 0):
             await self._asking(self._look(circuit))
         ticket = circuit.admit()
-        if circuit.state != "half_open":
+        if not is_shared or circuit.state != "half_open":
             return ticket, None
         probe = f"{self._owner()}#{secrets.token_hex(4)}"
         try:
@@ -401,9 +402,15 @@ class Breakers:
         assert self._shared is not None
         await self._shared.claim_probe(circuit.name, probe, 0.0, self._settings.probes)
 
+    def _is_shared(self, circuit: Circuit) -> bool:
+        # The simulator is each client's own, so its troubles are nobody else's.
+        return self._shared is not None and not circuit.endpoint.simulated
+
     async def _share(self, circuit: Circuit) -> None:
         """Write what others do not know yet; where one of them was faster, what it wrote holds here, too."""
         assert self._shared is not None
+        if not self._is_shared(circuit):
+            return
         for _ in range(WRITES):
             unknown = circuit.news()
             if unknown is None:
@@ -435,7 +442,7 @@ class Breakers:
         """Share what has not been shared, and let go of the store."""
         self._away_until = -math.inf  # perhaps it is there again
         for circuit in list(self._named.values()):
-            if circuit.unshared:
+            if self.owes(circuit):
                 await self._asking(self._share(circuit))
         if self._shared is not None:
             await self._shared.aclose()

@@ -322,6 +322,25 @@ def test_what_opened_in_one_kernel_is_open_in_the_other_within_a_second(kernels)
     run(main)
 
 
+def test_the_simulator_is_each_kernels_own_and_so_is_its_circuit(kernels) -> None:
+    async def main() -> None:
+        clock, simulated = kernels.clock, endpoint(simulated=True)
+        (one, first), (two, second) = kernels(), kernels()
+        for _ in range(5):
+            await outcomes(chain(first, Script(clock, DOWN)), call_for(clock, simulated))
+        await clock.advance(1)
+        assert one.of(simulated).state == "open"
+        _, error, _ = await outcomes(chain(second, Script(clock, ["ok"])), call_for(clock, simulated))
+        assert error is None
+        assert two.of(simulated).state == "closed"
+        await clock.advance(60)
+        for _ in range(2):
+            assert (await outcomes(chain(first, Script(clock, ["ok"])), call_for(clock, simulated)))[1] is None
+        assert one.of(simulated).state == "closed"
+
+    run(main)
+
+
 def test_probes_are_limited_over_all_kernels_and_their_successes_counted_together(kernels) -> None:
     async def main() -> None:
         clock = kernels.clock
