@@ -173,7 +173,8 @@ class Budget:
         downgrade = self._budgets.settings.at_limit == "downgrade" and _is_followed(call)
         affordable = 0 if downgrade else case.affordable(refused.unit, left)
         if affordable < case.least:
-            raise self._exceeded(call, refused, case.needed(refused.unit, case.least), downgrade=downgrade)
+            shortest = None if downgrade else case.least  # with another link to take, it is the whole that does not fit
+            raise self._exceeded(call, refused, case.needed(refused.unit, shortest), downgrade=downgrade)
         # An answer may pass its allowance by what is on its way while it is cut, so that much is not told.
         margin = 0 if call.params.max_tokens is not None else min(16, affordable // 16)
         cap = "max_cost" if refused.unit == "usd" else "max_tokens"
@@ -609,7 +610,8 @@ class _Cutter:
         self._counted += count.tokens
         self._pending.clear()
         self._pending_bytes = 0
-        if count.exact or self._allowance.cap == "max_cost":
+        if count.exact:
             return self._counted > self._allowance.tokens
-        # Our estimate may be above the server's own count; a chunk is at least a token, so that is certain.
-        return self._chunks > self._allowance.tokens
+        # A chunk is at least a token, so that is certain. Our estimate may be above the server's own count, and below it.
+        self._counted = max(self._counted, self._chunks)
+        return (self._chunks if self._allowance.cap == "max_tokens" else self._counted) > self._allowance.tokens

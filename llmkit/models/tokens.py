@@ -157,16 +157,22 @@ async def count_input(endpoint: Endpoint, messages: Sequence[Message]) -> Count:
     return await _threaded(count_messages, endpoint, messages)
 
 
-async def counted(endpoint: Endpoint, messages: Sequence[Message], text: str, reasoning: str = "") -> Usage:
-    """The usage of an attempt whose provider did not report any, or not to its end. Always marked as estimated."""
+async def counted(
+    endpoint: Endpoint, messages: Sequence[Message], text: str, reasoning: str = "", *, chunks: int = 0
+) -> Usage:
+    """The usage of an attempt whose provider did not report any, or not to its end. Always marked as estimated.
+
+    ``chunks`` is how many pieces the answer came in. Each was a token or more, which an estimate must not fall below.
+    """
     from llmkit.reply import Usage
 
     asked = await count_input(endpoint, messages)
     answer = await count(endpoint, text)
     thought = await count(endpoint, reasoning) if reasoning else None
+    output = answer.tokens + (thought.tokens if thought else 0)
     return Usage(
         input_tokens=asked.tokens,
-        output_tokens=answer.tokens + (thought.tokens if thought else 0),
+        output_tokens=output if answer.exact else max(output, chunks),
         reasoning_tokens=thought.tokens if thought else 0,
         estimated=True,
     )

@@ -117,6 +117,18 @@ def test_an_estimate_never_cuts_a_token_limit_early() -> None:
     run(main)
 
 
+def test_an_estimate_never_lets_more_chunks_through_than_a_cap_affords() -> None:
+    async def main() -> None:
+        short = ["w "] * 400  # estimated at a quarter of a token a piece; no server sends less than a token
+        dear = endpoint(price=Price(input=Decimal(0), output=Decimal(1000)))
+        reply, _, _, _ = await ask(short, dear, max_cost_usd=Decimal("0.05"))
+        assert (reply.text, reply.finish_reason) == ("w " * 51, "max_cost")
+        reply, _, _, _ = await ask(short, dear, params=Params(max_tokens=50))
+        assert (reply.text, reply.finish_reason) == ("w " * 51, "max_tokens")
+
+    run(main)
+
+
 def test_a_token_cap_counts_the_prompt_as_well() -> None:
     async def main() -> None:
         _, raised, _, below = await ask(WORDS, prompt="one two three", max_total_tokens=3)

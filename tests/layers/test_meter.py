@@ -90,6 +90,17 @@ def test_a_broken_stream_is_booked_at_what_arrived_and_marked_as_estimated() -> 
     run(main)
 
 
+def test_of_a_broken_stream_each_chunk_is_booked_as_a_token_or_more() -> None:
+    async def main() -> None:
+        book = Book([*["w "] * 40, errors.StreamBroken("cut")])
+        _, raised, _ = await outcomes(book.chain, call_for(book.clock))
+        assert isinstance(raised, errors.StreamBroken)
+        (attempt,) = book.attempts
+        assert (attempt["output_tokens"], attempt["estimated"]) == (40, True)
+
+    run(main)
+
+
 @pytest.mark.parametrize("reported", [None, Usage(), Usage(0, 7), Usage(9, 0)])
 def test_a_report_that_counts_nothing_is_counted_here(reported) -> None:
     async def main() -> None:
