@@ -223,7 +223,7 @@ def test_the_same_over_real_sockets(tmp_path, wire: str) -> None:
     async def main(url: str) -> Chaos:
         before = open_files()
         chaos = Chaos(simulator, llmkit.clock.SystemClock(), tmp_path, wire, f"{url}/v1")
-        await chaos.all(Timeouts(first_token=0.75, idle=0.75, total=20, first_token_set=True))
+        await chaos.all(Timeouts(first_token=2, idle=2, total=60, first_token_set=True))
         await chaos.flights.aclose()
         await chaos.provider.aclose()
         chaos.ledger.close()
