@@ -35,7 +35,19 @@ ORDER = [
     {"flight"},
     {"reply"},
     {"call"},
-    {"calendar", "circuit", "clock", "compact", "account", "endpoint", "environment", "money", "places", "redaction", "shield"},
+    {
+        "calendar",
+        "circuit",
+        "clock",
+        "compact",
+        "account",
+        "endpoint",
+        "environment",
+        "money",
+        "places",
+        "redaction",
+        "shield",
+    },
     {"errors"},
 ]
 RANK = {part: rank for rank, parts in enumerate(reversed(ORDER)) for part in parts}
