@@ -117,30 +117,34 @@ def _of_call(row: str, endpoint: str | None = None) -> dict[str, str]:
     }
 
 
-def _added(values: dict[str, str], source: str, sign: str = "+") -> tuple[str, str]:
-    """Statements that add ``values`` to the sums of ``calls``' time, user and tags, for each row of ``source``."""
+def _added(values: dict[str, str], source: str, sign: str = "+", call: str = "calls") -> tuple[str, str]:
+    """Statements that add ``values`` to the sums of the time, user and tags of ``call``, for each row of ``source``."""
     sums = [name for name in values if name != "model"]
     added = ", ".join(f"{sign} ({values[name]})" for name in sums)
     changed = ", ".join(f"{name} = {name} + excluded.{name}" for name in sums)
     return (
         f"""
         INSERT INTO spend (quarter, user, tags, model, {", ".join(sums)})
-        SELECT CAST(calls.started / 900 AS INTEGER), coalesce(calls.user, ''), calls.tags, {values["model"]}, {added}
-        FROM {source}
+        SELECT CAST({call}.started / 900 AS INTEGER), coalesce({call}.user, ''), {call}.tags, {values["model"]}, {added}
+        {source}
         ON CONFLICT (quarter, model, user, tags) DO UPDATE SET {changed}
         """,  # noqa: S608 - all names are our own
         f"""
         INSERT INTO spend_hours (hour, {", ".join(sums)})
-        SELECT CAST(calls.started / 3600 AS INTEGER), {added} FROM {source}
+        SELECT CAST({call}.started / 3600 AS INTEGER), {added} {source}
         ON CONFLICT (hour) DO UPDATE SET {changed}
         """,  # noqa: S608
     )
 
 
 def _kept(table: str, of: Callable[[str], dict[str, str]]) -> tuple[str, ...]:
-    source = "calls WHERE calls.request_id = {}.request_id"
-    add = "; ".join(_added(of("NEW"), source.format("NEW")))
-    take = "; ".join(_added(of("OLD"), source.format("OLD"), "-"))
+    if table == "calls":  # its row is at hand
+        add = "; ".join(_added(of("NEW"), "WHERE true", call="NEW"))
+        take = "; ".join(_added(of("OLD"), "WHERE true", "-", call="OLD"))
+    else:
+        source = "FROM calls WHERE calls.request_id = {}.request_id"
+        add = "; ".join(_added(of("NEW"), source.format("NEW")))
+        take = "; ".join(_added(of("OLD"), source.format("OLD"), "-"))
     return (
         f"CREATE TRIGGER {table}_ended AFTER UPDATE ON {table} WHEN NEW.status <> 'in_flight' BEGIN {add}; END",
         f"CREATE TRIGGER {table}_changed AFTER UPDATE ON {table} WHEN OLD.status <> 'in_flight' BEGIN {take}; END",
@@ -180,8 +184,10 @@ _SPEND = (
     ) WITHOUT ROWID
     """,
     f"CREATE TABLE spend_hours (hour INTEGER PRIMARY KEY NOT NULL, {_SUMS})",
-    *_added(_of_attempt("attempts"), "attempts JOIN calls USING (request_id) WHERE attempts.status <> 'in_flight'"),
-    *_added(_of_call("calls", f"({LAST_ENDPOINT})"), "calls WHERE calls.status <> 'in_flight'"),
+    *_added(
+        _of_attempt("attempts"), "FROM attempts JOIN calls USING (request_id) WHERE attempts.status <> 'in_flight'"
+    ),
+    *_added(_of_call("calls", f"({LAST_ENDPOINT})"), "FROM calls WHERE calls.status <> 'in_flight'"),
     *_kept("attempts", _of_attempt),
     *_kept("calls", _of_call),
 )
