@@ -252,6 +252,9 @@ class Config:
             routes.check(name, ("models", name))
         if "model" in tree:
             routes.check(tree["model"], ("model",))
+        for name in tree.get("budget", {}).get("model", {}):
+            if name != "*":
+                routes.check_endpoint(name, ("budget", "model", name))
         return cls(
             model=tree.get("model"),
             offline=tree.get("offline", False),

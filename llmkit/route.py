@@ -71,6 +71,14 @@ class Routes:
         for part in names.split(","):
             self._one(part.strip(), path, ())
 
+    def check_endpoint(self, name: str, path: Place) -> None:
+        """A setting at ``path`` is about one endpoint: an alias would match none, and nobody would notice."""
+        endpoints = dict.fromkeys(link.endpoint.name for link in self._one(name, path, ()))
+        if name not in endpoints:
+            from llmkit.settings import shown
+
+            raise self._fail(f"{shown(name)} is no endpoint's name; write {' or '.join(endpoints)}", path)
+
     def _one(self, name: str, path: Place, above: tuple[str, ...]) -> tuple[Link, ...]:
         if name in above:
             ring = " → ".join((*above[above.index(name) :], name))

@@ -186,6 +186,23 @@ def test_limits_of_users_tags_and_models(folder) -> None:
     )
 
 
+def test_a_limit_of_a_model_names_an_endpoint_since_an_alias_would_never_be_met(folder) -> None:
+    aliases = """
+        [models.fast]
+        model = "openai:gpt-5-mini"
+        [models.smart]
+        chain = ["openai:gpt-5", "fast"]
+    """
+    error = refused(folder, f"{aliases}[budget.model.fast]\nday = {{ usd = 1 }}")
+    assert "write openai:gpt-5-mini" in error.message
+    assert error.line is not None
+    error = refused(folder, f"{aliases}[budget.model.smart]\nday = {{ usd = 1 }}")
+    assert "write openai:gpt-5 or openai:gpt-5-mini" in error.message
+    assert "write openai:gpt-5-nano" in refused(folder, "[budget.model.gpt-5-nano]\nday = { usd = 1 }").message
+    assert "did you mean openai:gpt-5?" in refused(folder, "[budget.model.'opnai:gpt-5']\nday = { usd = 1 }").message
+    assert load(folder, "[budget.model.'*']\nday = { usd = 1 }").budget.limits[-1].name == "*"
+
+
 def test_cache_alerts_and_state_are_read(folder) -> None:
     text = """
         [cache]
