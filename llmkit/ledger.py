@@ -31,8 +31,6 @@ from llmkit.state.board import Board, clear_boards, was_sent
 from llmkit.state.owner import current_owner, is_gone
 from llmkit.state.store import (
     AttemptBegun,
-    CallBegun,
-    CallEnded,
     CallServed,
     DuplicateCall,
     ledger_path,
@@ -54,7 +52,7 @@ if TYPE_CHECKING:
     from llmkit.reply import Outcome
     from llmkit.rows import Row
     from llmkit.state.database import Database
-    from llmkit.state.store import Change, Store
+    from llmkit.state.store import CallBegun, Change, Store
 
 __all__ = ["Ledger"]
 
@@ -63,8 +61,9 @@ log = logging.getLogger("llmkit")
 SIBLINGS = 8  # with more calls in flight than these, the loop turns often, and what is written waits for its next turn
 A_DAY = 86_400.0  # seconds; whether an owner on another host lives cannot be asked, but no call takes this long
 REAP_S = 1.0  # how often it is looked whether somebody who holds has died
-SERVED = 64  # calls answered from what was stored that are written at once, …
-SERVED_S = 0.05  # … or what there is after so many seconds
+SERVED = 256  # calls answered from what was stored that are written at once, …
+SERVED_S = 0.05  # … or what there is after so many seconds, …
+BESIDE = 16  # … or, if there are no more than these, with what is written next
 
 
 class _Entry:
@@ -167,7 +166,8 @@ class Ledger:
         self._opening = threading.Lock()
         self._falling = threading.Lock()
         self._groups: dict[asyncio.AbstractEventLoop, list[tuple[_Entry, asyncio.Future[None]]]] = {}
-        self._open_calls: dict[int, _Entry] = {}  # by the id of the trail, which all copies of a call share
+        # By the id of the trail, which all copies of a call share. One to which nothing has happened yet is the call itself.
+        self._open_calls: dict[int, _Entry | Call] = {}
         self.is_strict: Callable[[Hold], bool] = lambda _: False
         self.on_held: Callable[[Hold], object] = lambda _: None
         self.on_ended: Callable[[Hold], object] = lambda _: None
@@ -175,8 +175,9 @@ class Ledger:
         self._owner: str | None = None  # kept, since to ask for a process's number takes a microsecond or two
         self._board = Board(None)
         self._reaped = float("-inf")
-        self._served: list[_Entry] = []
+        self._served: list[CallServed] = []
         self._serving = threading.Lock()
+        self._serving_aside: Future[None] | None = None  # the last of them that another thread writes
         _LEDGERS.add(self)
 
     @classmethod
@@ -219,7 +220,7 @@ class Ledger:
 
     def call_began(self, call: Call) -> None:
         """Remember the call. It is written with its first attempt, or when it ends."""
-        self._open_calls[id(call.trail)] = _Entry(call.trail, rows.call_began(call, self._owner or self.owner))
+        self._open_calls[id(call.trail)] = call
 
     async def attempt_began(
         self, call: Call, number: int, endpoint: Endpoint, started_at: float
@@ -334,6 +335,11 @@ class Ledger:
 
         One that was answered from what was stored, without an attempt, is written a little later, with others.
         """
+        if not isinstance(self._open_calls.get(id(call.trail)), _Entry) and self._is_served(outcome):
+            self._open_calls.pop(id(call.trail), None)
+            assert outcome.reply is not None
+            self._write_later(rows.call_served(call, outcome.reply, self._owner or self.owner))
+            return
         entry = self._entry(call)
         if entry.hold is not None:  # its attempt began, and nobody said how it ended
             self._end_hold(entry, entry.hold, Settle(call.request_id, entry.hold.number, None, None))
@@ -341,11 +347,6 @@ class Ledger:
             rows.call_ended(call, outcome, now=self._clock.now(), attempts=entry.number, retries=entry.retries)
         )
         entry.is_over = True
-        reply = outcome.reply
-        if reply is not None and reply.source in rows.FREE_SOURCES and not entry.number and self._store is not None:
-            self._open_calls.pop(id(call.trail), None)
-            self._write_later(entry)
-            return
         if entry.pending is not None:
             await self._known(entry)
         if len(self._open_calls) > SIBLINGS and self._store is not None:
@@ -359,12 +360,24 @@ class Ledger:
         finally:
             self._open_calls.pop(id(call.trail), None)
 
+    def _is_served(self, outcome: Outcome) -> bool:
+        """Whether that is the whole of an answer that nobody was asked for."""
+        reply = outcome.reply
+        return (
+            self._store is not None
+            and outcome.status == "complete"
+            and reply is not None
+            and reply.source in rows.FREE_SOURCES
+        )
+
     def _entry(self, call: Call) -> _Entry:
         entry = self._open_calls.get(id(call.trail))
-        if entry is None:
-            self.call_began(call)
-            entry = self._open_calls[id(call.trail)]
+        if not isinstance(entry, _Entry):
+            entry = self._open_calls[id(call.trail)] = self._entry_of(call)
         return entry
+
+    def _entry_of(self, call: Call) -> _Entry:
+        return _Entry(call.trail, rows.call_began(call, self._owner or self.owner))
 
     async def _write(self, entry: _Entry) -> None:
         """Bring the entry's changes into the store, and return when they are there."""
@@ -418,7 +431,7 @@ class Ledger:
         group = self._groups.pop(loop, None)
         if not group:
             return
-        self._write_served()
+        self._write_served_beside()
         entries = list(dict.fromkeys(entry for entry, _ in group))
         before = [entry.written if entry.store is self._store else 0 for entry in entries]
         changes = [change for entry in entries for change in self._take(entry)]
@@ -511,8 +524,7 @@ class Ledger:
 
     def _commit(self, entry: _Entry) -> Future[None] | None:
         """Hand over what the store has not got, and return what its ``commit`` does."""
-        if self._served:
-            self._write_served()
+        self._write_served_beside()
         store = self._store
         assert store is not None
         before = entry.written if entry.store is store else 0
@@ -565,51 +577,75 @@ class Ledger:
 
     # -- calls that cost nothing -------------------------------------------------------------------------------------
 
-    def _write_later(self, entry: _Entry) -> None:
-        """With others of its kind: `SERVED` of them, or those of `SERVED_S`, or with whatever is written next."""
+    def _write_later(self, served: CallServed) -> None:
+        """With others of its kind: `SERVED` of them, or those of `SERVED_S`, or a few with whatever is written next."""
         with self._serving:
-            self._served.append(entry)
-            waiting = len(self._served)
+            group = self._served
+            group.append(served)
+            waiting = len(group)
         if waiting == 1:
-            asyncio.get_running_loop().call_later(SERVED_S, self._write_served)
+            asyncio.get_running_loop().call_later(SERVED_S, self._write_group, group)
         elif waiting >= SERVED:
             self._write_served()
 
-    def _write_served(self) -> Future[None] | None:
+    def _write_group(self, group: list[CallServed]) -> None:
+        """Its time has come, if it was not written before."""
+        if self._served is group:
+            self._write_served()
+
+    def _write_served_beside(self) -> None:
+        """The few that there are; what is written next is not to wait for many."""
+        if 0 < len(self._served) <= BESIDE:
+            self._write_served()
+
+    def _write_served(self) -> None:
         with self._serving:
-            entries, self._served = self._served, []
-        if not entries:
-            return None
-        store = self._ready()
+            group, self._served = self._served, []
+        if not group:
+            return
         try:
-            waiting = store.commit([self._served_whole(entry, store) for entry in entries])
+            waiting = self._ready().commit(group)
         except StoreError:
-            self._write_each(entries)
-            return None
+            self._write_each(group)
+            return
         if waiting is not None:
-            waiting.add_done_callback(lambda done: self._write_each(entries) if done.exception() else None)
-        return waiting
+            aside: Future[None] = concurrent.futures.Future()
+            self._serving_aside = aside
+            waiting.add_done_callback(functools.partial(self._wrote_aside, group, aside))
 
-    @staticmethod
-    def _served_whole(entry: _Entry, store: Store) -> CallServed:
-        entry.store, entry.written = store, len(entry.changes)
-        begun, ended = entry.changes
-        assert isinstance(begun, CallBegun)
-        assert isinstance(ended, CallEnded)
-        return CallServed(begun, ended)
+    def _wrote_aside(self, group: list[CallServed], aside: Future[None], written: Future[None]) -> None:
+        try:
+            if written.exception() is not None:
+                self._write_each(group)
+        finally:
+            aside.set_result(None)
 
-    def _write_each(self, entries: list[_Entry]) -> None:
+    def _write_each(self, group: list[CallServed]) -> None:
         """One of them spoilt it for all."""
-        for entry in entries:
-            entry.written = 0
+        for served in group:
             try:
-                self._commit(entry)
+                waiting = self._ready().commit([served])
             except StoreError as error:
-                self._write_failed(entry, error)
-                if entry.refused:
-                    log.warning("%s; this call is not in the ledger", error)
-                else:
-                    self._commit(entry)
+                self._not_served(served, error)
+                continue
+            if waiting is not None:
+                waiting.add_done_callback(functools.partial(self._served_late, served))
+
+    def _served_late(self, served: CallServed, waiting: Future[None]) -> None:
+        error = waiting.exception()
+        if isinstance(error, StoreError):
+            self._not_served(served, error)
+
+    def _not_served(self, served: CallServed, error: StoreError) -> None:
+        if not isinstance(error, DuplicateCall):
+            self._fall_back(error)
+            try:
+                self._ready().commit([served])
+            except DuplicateCall as duplicate:
+                error = duplicate
+            else:
+                return
+        log.warning("%s; this call is not in the ledger", error)
 
     # -- accounts ----------------------------------------------------------------------------------------------------
 
@@ -710,6 +746,7 @@ class Ledger:
         self._open_calls.clear()
         self._groups.clear()
         self._served = []
+        self._serving_aside = None
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -785,16 +822,17 @@ class Ledger:
 
         store = self._written()
         in_flight = MemoryStore()
-        for entry in list(self._open_calls.values()):
+        for each in list(self._open_calls.values()):
+            entry = each if isinstance(each, _Entry) else self._entry_of(each)
             if not entry.refused:
                 _add(in_flight, [change for change in entry.changes if not isinstance(change, Hold | Settle | Release)])
         return [each for each in (self._readable_disk(), store, in_flight) if each is not None]
 
     def _written(self) -> Store:
         """The store, with what was waiting for others of its kind."""
-        served = self._write_served()
-        if served is not None:
-            concurrent.futures.wait([served])
+        self._write_served()
+        if self._serving_aside is not None:
+            concurrent.futures.wait([self._serving_aside])
         return self._ready()
 
     def _readable_disk(self) -> Store | None:

@@ -14,7 +14,7 @@ from llmkit.account import Release, Settle
 from llmkit.errors import AllModelsFailed, CallRejected, LLMKitError
 from llmkit.models.prices import from_nanos, to_nanos
 from llmkit.reply import Usage
-from llmkit.state.store import AttemptBegun, AttemptEnded, CallBegun, CallEnded
+from llmkit.state.store import AttemptBegun, AttemptEnded, CallBegun, CallEnded, CallServed
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmkit.call import Attempt, Call
     from llmkit.endpoint import Endpoint
     from llmkit.models.prices import Cost
-    from llmkit.reply import Outcome
+    from llmkit.reply import Outcome, Reply
 
 __all__ = [
     "COLUMNS",
@@ -37,6 +37,7 @@ __all__ = [
     "call_began",
     "call_ended",
     "call_row",
+    "call_served",
     "frame",
     "hold_ended",
 ]
@@ -138,6 +139,26 @@ def call_ended(call: Call, outcome: Outcome, *, now: float, attempts: int, retri
         None if error is None else type(error).__name__,
         error.message[:MESSAGE_LENGTH] if isinstance(error, LLMKitError) else None,
         call.request_id,
+    )
+
+
+def call_served(call: Call, reply: Reply, owner: str) -> CallServed:
+    """A call that was answered whole from what was stored or shared, without an attempt."""
+    trail = call.trail
+    return CallServed(
+        call.request_id,
+        call.started_at,
+        call.user,
+        _tags(call),
+        call.model,
+        owner,
+        reply.model,
+        reply.provider,
+        reply.source,
+        None if trail.saved is None else _nanos(trail.saved),
+        reply.latency_s,
+        reply.time_to_first_token_s,
+        reply.finish_reason,
     )
 
 

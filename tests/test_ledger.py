@@ -488,7 +488,7 @@ def test_calls_of_another_host_are_lost_after_a_day():
     for request_id, age in (("old", 90_000), ("new", 3_600)):
         past.call_began(new_call(request_id, now - age))
     for entry, owner in zip(past._open_calls.values(), ("elsewhere:1:a", "elsewhere:2:b"), strict=True):
-        store.commit([entry.changes[0]._replace(owner=owner)])
+        store.commit([past._entry_of(entry).changes[0]._replace(owner=owner)])
     later = Ledger(store=store)
     assert {row["request_id"]: row["status"] for row in later.calls()} == {"old": "lost", "new": "in_flight"}
 
@@ -1157,14 +1157,14 @@ def test_what_came_from_the_cache_is_written_in_groups_and_costs_nothing(on_disk
     async def scenario():
         await on_disk.open_store()
         commits = committed(on_disk)
-        for number in range(63):
+        for number in range(255):
             driven(served(on_disk, f"r{number}"))
         assert commits == []
-        await served(on_disk, "r63")
-        assert commits == [64]
+        await served(on_disk, "r255")
+        assert commits == [256]
         await served(on_disk, "later")
         await asyncio.sleep(0.2)
-        assert commits == [64, 1]
+        assert commits == [256, 1]
         await served(on_disk, "beside")
         await completed(on_disk, new_call("paid"))
         assert commits[2] == 1
@@ -1172,14 +1172,71 @@ def test_what_came_from_the_cache_is_written_in_groups_and_costs_nothing(on_disk
         return on_disk.calls()
 
     rows = asyncio.run(scenario())
-    assert {row["request_id"] for row in rows[-4:]} <= {"later", "beside", "paid", "read"} | {
-        f"r{n}" for n in range(64)
-    }
-    assert len(rows) == 68
+    assert {row["request_id"] for row in rows} == {"later", "beside", "paid", "read"} | {f"r{n}" for n in range(256)}
+    assert len(rows) == 260
     hit = next(row for row in rows if row["request_id"] == "read")
     assert (hit["status"], hit["source"], hit["attempts"]) == ("complete", "cache", 0)
     assert (hit["cost_usd"], hit["input_tokens"], hit["output_tokens"]) == (0, 0, 0)
     assert hit["saved_usd"] == Decimal("0.002")
+    assert not on_disk._open_calls
+    assert on_disk.spend(by=(), sums=("calls", "attempts", "saved_nanos")) == [(260, 1, 259 * 2_000_000)]
+
+
+def test_a_call_that_is_paid_does_not_wait_for_many_from_the_cache(on_disk):
+    async def scenario():
+        await on_disk.open_store()
+        commits = committed(on_disk)
+        for number in range(40):
+            await served(on_disk, f"r{number}")
+        await completed(on_disk, new_call("paid"))
+        assert 40 not in commits
+        assert len(on_disk.calls()) == 41
+
+    asyncio.run(scenario())
+
+
+def test_many_with_a_duplicate_and_with_text_that_fits_no_column(on_disk):
+    names = [f"r{number}" for number in range(100)] + ["r7", "odd\ud800"]
+
+    async def scenario():
+        await on_disk.open_store()
+        for name in names:
+            await served(on_disk, name)
+
+    asyncio.run(scenario())
+    on_disk._written()
+    rows = on_disk.calls()
+    assert {row["request_id"] for row in rows} == {*names[:100], "odd?"}
+    assert on_disk.spend(by=(), sums=("calls", "saved_nanos")) == [(101, 101 * 2_000_000)]
+
+
+def test_a_whole_group_goes_on_in_memory_where_the_disk_is_gone(on_disk, monkeypatch):
+    async def scenario():
+        await on_disk.open_store()
+        store = on_disk._store
+
+        def full(changes):
+            raise StoreError("the disk is full")
+
+        monkeypatch.setattr(store, "commit", full)
+        for number in range(256):
+            await served(on_disk, f"r{number}")
+
+    asyncio.run(scenario())
+    assert len(on_disk.calls()) == 256
+    assert "the disk is full" in on_disk.notice
+
+
+def test_an_answer_from_the_cache_that_nobody_read_to_its_end_is_recorded_as_that(on_disk):
+    async def scenario():
+        await on_disk.open_store()
+        call = new_call("left")
+        on_disk.call_began(call)
+        await on_disk.call_ended(call, Outcome("aborted", None, Stored()))
+
+    asyncio.run(scenario())
+    (row,) = on_disk.calls()
+    assert (row["status"], row["source"], row["cost_usd"], row["attempts"]) == ("aborted", "cache", 0, 0)
     assert not on_disk._open_calls
 
 

@@ -142,6 +142,10 @@ class Database:
             self._lock.release()
         return self._enqueue(work, fitted)
 
+    def run_aside(self, work: Work[T], fitted: Work[T] | None = None) -> Future[T]:
+        """The same in the thread that goes on trying, from the first: for what nobody waits for. See `run`."""
+        return self._enqueue(work, fitted)
+
     def run_patiently(self, work: Work[T]) -> T:
         """Do ``work`` in one transaction on this thread, however long it has to wait for a lock.
 

@@ -29,6 +29,7 @@ from llmkit.state.store import (
     LOST_MESSAGE,
     MOST_SUMS,
     QUARTER_S,
+    SERVED,
     SPEND_KEYS,
     SPEND_SUMS,
     AttemptBegun,
@@ -122,8 +123,8 @@ class MemoryStore:
         elif isinstance(change, CallEnded):
             self._end_call(change.request_id, change._asdict())
         elif isinstance(change, CallServed):
-            self._begin(self._calls, change.begun.request_id, CALL_COLUMNS, change.begun)
-            self._end_call(change.begun.request_id, change.ended._asdict())
+            self._begin(self._calls, change.request_id, CALL_COLUMNS, change)
+            self._end_call(change.request_id, SERVED)
         elif isinstance(change, Hold):
             self._hold(change)
         elif isinstance(change, Sent):
@@ -133,7 +134,9 @@ class MemoryStore:
         else:
             self._end_hold(change)
 
-    def _begin(self, rows: dict[Any, Row], key: Any, columns: Sequence[str], change: CallBegun | AttemptBegun) -> None:
+    def _begin(
+        self, rows: dict[Any, Row], key: Any, columns: Sequence[str], change: CallBegun | CallServed | AttemptBegun
+    ) -> None:
         if key in rows:
             raise DuplicateCall("a call of this request_id was made already")
         self._put(rows, key, {**dict.fromkeys(columns), **change._asdict(), "status": "in_flight"})

@@ -128,12 +128,12 @@ def _added(values: dict[str, str], source: str, sign: str = "+", call: str = "ca
         SELECT CAST({call}.started / 900 AS INTEGER), coalesce({call}.user, ''), {call}.tags, {values["model"]}, {added}
         {source}
         ON CONFLICT (quarter, model, user, tags) DO UPDATE SET {changed}
-        """,  # noqa: S608 - all names are our own
+        """,
         f"""
         INSERT INTO spend_hours (hour, {", ".join(sums)})
         SELECT CAST({call}.started / 3600 AS INTEGER), {added} {source}
         ON CONFLICT (hour) DO UPDATE SET {changed}
-        """,  # noqa: S608
+        """,
     )
 
 

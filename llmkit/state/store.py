@@ -25,6 +25,7 @@ __all__ = [
     "ATTEMPT_COLUMNS",
     "CALL_COLUMNS",
     "QUARTER_S",
+    "SERVED",
     "SPEND_KEYS",
     "SPEND_SUMS",
     "AttemptBegun",
@@ -135,10 +136,36 @@ class CallEnded(NamedTuple):
 
 
 class CallServed(NamedTuple):
-    """A call that came in and ended without an attempt, both at once: as the two changes in it, in one statement."""
+    """A call that came in and was answered whole without an attempt, both at once. The other columns are `SERVED`."""
 
-    begun: CallBegun
-    ended: CallEnded
+    request_id: str
+    started: float
+    user: str | None
+    tags: str
+    model: str
+    owner: str
+    response_model: str | None
+    provider: str | None
+    source: str
+    saved_nanos: int | None
+    latency_s: float | None
+    time_to_first_token_s: float | None
+    finish_reason: str | None
+
+
+SERVED = {
+    "status": "complete",
+    "input_tokens": 0,
+    "cached_input_tokens": 0,
+    "cache_write_tokens": 0,
+    "output_tokens": 0,
+    "reasoning_tokens": 0,
+    "estimated": 0,
+    "cost_nanos": 0,
+    "attempts": 0,
+    "retries": 0,
+}
+"""What a call was that nobody was asked for."""
 
 
 class DuplicateCall(StoreError):
@@ -294,8 +321,6 @@ def fitting(change: Change) -> Change:
         accounts = tuple(fitting_account(account) for account in change.accounts)
         fitted = Hold._make(_fit(value) for value in change._replace(accounts=(), balances=[]))
         return fitted._replace(accounts=accounts, balances=change.balances)  # the list is where the answer goes
-    if isinstance(change, CallServed):
-        return CallServed(CallBegun._make(map(_fit, change.begun)), CallEnded._make(map(_fit, change.ended)))
     return type(change)._make(_fit(value) for value in change)
 
 
