@@ -93,6 +93,7 @@ class LLMKitError(Exception):
         message: what happened, in one sentence.
         next_step: what to do about it, in one sentence; empty where nothing can be said.
         spent: USD spent by the call until now, all attempts together; None where nothing was priced.
+        unseen: how many of its attempts were sent and not seen to their end, so that they may be billed beyond ``spent``.
         reply: the partial reply, where text had arrived before the error; None otherwise.
         request_id: the call's id in the ledger; None where no call was made.
     """
@@ -103,6 +104,7 @@ class LLMKitError(Exception):
         super().__init__(message)
         self.next_step = self.default_next_step if next_step is None else next_step
         self.spent: Decimal | None = None
+        self.unseen = 0
         self.reply: Reply | None = None
         self.request_id: str | None = None
 
@@ -121,7 +123,9 @@ class LLMKitError(Exception):
         """The error as a person reads it: one to four short lines of plain text."""
         lines = [f"{type(self).__name__}: {self.message}"]
         if self.spent is not None:
-            lines.append("spent: nothing" if not self.spent else f"spent: ${self.spent:.6f}".rstrip("0"))
+            spent = f"${self.spent:.6f}".rstrip("0") if self.spent else "nothing"
+            more = " that was seen; the provider may bill more" if self.unseen else ""
+            lines.append(f"spent: {spent}{more}")
         if self.reply is not None and self.reply.text:
             lines.append(
                 f"kept: {len(self.reply.text)} characters of the answer, in the variable and in error.reply.text"

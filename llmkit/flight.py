@@ -881,7 +881,7 @@ def _copied(error: LLMKitError) -> LLMKitError:
     if isinstance(error, AllModelsFailed):
         return AllModelsFailed(error.message, [_copied(each) for each in error.errors])
     twin = copy.copy(error)
-    twin.request_id, twin.spent = None, None
+    twin.request_id, twin.spent, twin.unseen = None, None, 0
     if isinstance(twin, ProviderError):
         twin.maybe_billed, twin.usage = False, None
     if isinstance(twin, StreamBroken):

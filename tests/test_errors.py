@@ -40,6 +40,16 @@ def test_an_error_gets_out_of_a_worker_process_whole(error, way) -> None:
     assert {name for name, value in vars(error).items() if repr(value) != repr(vars(twin)[name])} == set()
 
 
+def test_nobody_is_told_that_nothing_was_spent_where_the_end_was_not_seen() -> None:
+    error = errors.FirstTokenTimeout("slow", limit=3.0, provider="p")
+    error.spent = Decimal(0)
+    assert "spent: nothing\n" in error.block()
+    error.unseen = 1
+    assert "spent: nothing that was seen; the provider may bill more\n" in error.block()
+    error.spent = Decimal("0.01")
+    assert "spent: $0.01 that was seen; the provider may bill more\n" in error.block()
+
+
 def test_a_reply_stays_in_its_process() -> None:
     error = errors.StreamBroken("cut", text_so_far="abc")
     error.reply = object()

@@ -194,7 +194,7 @@ class Budget:
         if refused.held:
             parts.append(f"{say(refused.held)} held by calls in flight")
         worst = f"this call at {call.endpoint.name} could take {say(needed)}"
-        waited = f"no room within {waited_s:.0f} s" if waited_s else ""
+        waited = f"no room within {waited_s:.3g} s" if waited_s else ""
         resets = "it does not reset" if resets_at is None else f"it resets {_moment(resets_at)}"
         said = "; ".join(part for part in (", ".join(parts), worst, waited, resets) if part)
         message = f'the budget "{_scope(account)}" does not allow it: {said}'

@@ -31,6 +31,7 @@ class Record:
         async def ended(outcome: Outcome) -> None:
             if isinstance(outcome.error, LLMKitError):
                 outcome.error.spent = call.trail.spent
+                outcome.error.unseen = sum(attempt.maybe_billed for attempt in call.trail.attempts)
                 outcome.error.request_id = call.request_id
             await self._ledger.call_ended(call, outcome)
 

@@ -95,6 +95,7 @@ def test_of_a_broken_stream_each_chunk_is_booked_as_a_token_or_more() -> None:
         book = Book([*["w "] * 40, errors.StreamBroken("cut")])
         _, raised, _ = await outcomes(book.chain, call_for(book.clock))
         assert isinstance(raised, errors.StreamBroken)
+        assert raised.unseen == 1
         (attempt,) = book.attempts
         assert (attempt["output_tokens"], attempt["estimated"]) == (40, True)
 
