@@ -124,8 +124,7 @@ class AnswerCache:
             answer = Answer.read(value, key)
         except Unreadable as error:
             log.warning("an answer in the cache cannot be used: %s; it is removed", error)
-            self._forget(key)
-            await self._below(lambda entries: entries.delete(key))
+            await self.drop(key)
             return None
         self._copy(key, answer, expires, len(value))
         return answer
@@ -144,6 +143,11 @@ class AnswerCache:
                 await entries.renew()
 
         await self._below(put)
+
+    async def drop(self, key: str) -> None:
+        """Forget what is stored under ``key``. Never fails."""
+        self._forget(key)
+        await self._below(lambda entries: entries.delete(key))
 
     def served(self, answer: Answer) -> None:
         """Count a call that was answered from here."""

@@ -132,6 +132,8 @@ class _Asking:
         by_first = len(self.keys) == 1 or (link is not None and link.endpoint == _first(self.call))
         key = self.keys[0] if by_first else self.keys[1]
         renew = self.call.cache == "refresh"
+        if renew and not by_first:  # the first link's old answer would go before this one
+            await self._layer._answers.drop(self.keys[0])
         await self._layer._answers.keep(key, answer, namespace=self.call.namespace, renew=renew)
 
 

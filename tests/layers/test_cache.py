@@ -455,6 +455,17 @@ def test_what_a_fallback_answers_serves_the_same_chain_alone() -> None:
     run(main)
 
 
+def test_a_refresh_that_a_fallback_answers_is_what_the_chain_says_from_then_on() -> None:
+    async def main() -> None:
+        scene = chained("m", "n")
+        assert await scene.text(FIRST, SECOND) == ("from m", "provider")
+        scene.below.up = {"n"}
+        assert await scene.text(FIRST, SECOND, cache="refresh") == ("from n", "provider")
+        assert await scene.text(FIRST, SECOND) == ("from n", "cache")
+
+    run(main)
+
+
 def test_links_that_are_not_used_in_turn_are_not_the_first() -> None:
     async def main() -> None:
         scene = chained("n")
