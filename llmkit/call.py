@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CACHE_MODES", "Attempt", "Call", "Message", "Params", "Skipped", "Timeouts", "Trail", "messages_from"]
 
+_new, _set = object.__new__, object.__setattr__
+
 CACHE_MODES = ("use", "refresh", "off", "only")
 
 
@@ -196,11 +198,15 @@ class Call:
 
     def to(self, **changes: Any) -> Call:
         """A copy with these fields changed; the trail is shared."""
+        return self.with_(changes)
+
+    def with_(self, changes: Mapping[str, Any]) -> Call:
+        """`to`, of a mapping."""
         fields = {**self.__dict__, **changes}
         if len(fields) != len(self.__dict__):
             raise TypeError(f"a call has no {', '.join(changes.keys() - self.__dict__.keys())}")
-        twin = object.__new__(Call)
-        object.__setattr__(twin, "__dict__", fields)
+        twin = _new(Call)
+        _set(twin, "__dict__", fields)
         return twin
 
     async def sends(self) -> None:

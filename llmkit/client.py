@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["AsyncClient", "Client"]
 
 _MOST_TEMPLATES = 256
-_NOTHING_ASKED: dict[str, Any] = {}
 
 
 class AsyncClient:
@@ -165,20 +164,21 @@ class AsyncClient:
         return reply
 
     def _call(self, prompt: Any, stream: bool, options: Options) -> Call:
-        asked = self._asked(options) if options.are_given else _NOTHING_ASKED
         common = self._common(options.model or self.default_model())
         started = self.clock.now()
+        asked: dict[str, Any] = {
+            "request_id": options.request_id or new_request_id(self.clock),
+            "messages": messages_from(prompt, options.system),
+            "stream": stream,
+            "started": started,
+            "started_at": self.clock.time(),
+            "trail": Trail(options.on_event),
+        }
+        if options.are_given:
+            asked.update(self._asked(options))
         total = asked.get("timeouts", common.timeouts).total
-        return common.to(
-            request_id=options.request_id or new_request_id(self.clock),
-            messages=messages_from(prompt, options.system),
-            stream=stream,
-            started=started,
-            started_at=self.clock.time(),
-            deadline=None if total is None else started + total,
-            trail=Trail(listener=options.on_event),
-            **asked,
-        )
+        asked["deadline"] = None if total is None else started + total
+        return common.with_(asked)
 
     def _common(self, model: str) -> Call:
         """What all calls to ``model`` have in common."""
@@ -553,7 +553,7 @@ def _namespace(setting: str, user: str | None, tags: Mapping[str, str]) -> str:
 
 def new_request_id(clock: Clock) -> str:
     """32 hexadecimal digits: milliseconds, then chance. Ids that grow with time keep a ledger's pages together."""
-    return f"{int(clock.time() * 1000):012x}{_CHANCE.getrandbits(80):020x}"
+    return f"{int(clock.time() * 1000) << 80 | _CHANCE.getrandbits(80):032x}"
 
 
 # Seeded by the system, and apart from the generator that users seed: ids must never repeat. They are no secrets.

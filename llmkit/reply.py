@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from llmkit.errors import EmptyReply, LLMKitError, Refused, StreamBroken
 from llmkit.redaction import tidy
-from llmkit.shield import shielded
+from llmkit.shield import begun, finished, shielded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -151,6 +151,10 @@ class Reply:
     _ending = False
     _text: str | None = None
     _portal: Portal | None = None
+    _heard: Callable[[list[Chunk]], object] | None = None
+    _wanted: Callable[[], bool] | None = None
+    _reading_on: asyncio.Task[None] | None = None
+    _left = False
 
     def __init__(
         self,
@@ -175,10 +179,6 @@ class Reply:
         self._chunks: list[Chunk] = first or []
         self._hooks: list[Callable[[Outcome], Awaitable[None]]] = []
         self._waiters: list[asyncio.Future[None]] = []
-        self._heard: Callable[[list[Chunk]], object] | None = None
-        self._wanted: Callable[[], bool] | None = None
-        self._reading_on: asyncio.Task[None] | None = None
-        self._left = False
         self._loop = asyncio.get_running_loop()
 
     # -- what it says ------------------------------------------------------------------------------------------------
@@ -488,7 +488,9 @@ class Reply:
                 error.text_so_far = self.text
             error.reply = self
             error.request_id = self.request_id
-        await shielded(self._settle(Outcome(status, error, self)))
+        left = begun(self._settle(Outcome(status, error, self)))
+        if left is not None:
+            await finished(left)
 
     async def _settle(self, outcome: Outcome) -> None:
         if self._close is not None:
@@ -504,11 +506,15 @@ class Reply:
                 log.exception(_HOOK_FAILED)
         if isinstance(outcome.error, LLMKitError):
             outcome.error.spent = self.cost_usd
-        self._hooks.clear()
-        self._close = self._heard = self._wanted = None  # a reply that is kept keeps no client alive
+        self._hooks.clear()  # a reply that is kept keeps no client alive
+        if self._close is not None:
+            self._close = None
+        if self._wanted is not None or self._heard is not None:
+            self._heard = self._wanted = None
         # Without the reply: a ring of the two would wait for the garbage collector, whose time every call would pay.
         self.outcome = _COMPLETE if outcome.status == "complete" else Outcome(outcome.status, outcome.error)
-        self._wake()
+        if self._waiters:
+            self._wake()
 
     def __del__(self) -> None:
         # A reader who left without closing: `break` in an `async for`, or a variable overwritten.

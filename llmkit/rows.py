@@ -17,8 +17,6 @@ from llmkit.reply import Usage
 from llmkit.state.store import AttemptBegun, AttemptEnded, CallBegun, CallEnded, CallServed
 
 if TYPE_CHECKING:
-    from decimal import Decimal
-
     import pandas as pd
 
     from llmkit.account import Hold
@@ -130,7 +128,7 @@ def call_ended(call: Call, outcome: Outcome, *, now: float, attempts: int, retri
         reply.source if reply is not None else None,
         *_tokens(usage),
         _summed_nanos(made),
-        None if call.trail.saved is None else _nanos(call.trail.saved),
+        None if call.trail.saved is None else to_nanos(call.trail.saved),
         now - call.started if latency is None else latency,
         reply.time_to_first_token_s if reply is not None else None,
         attempts,
@@ -155,7 +153,7 @@ def call_served(call: Call, reply: Reply, owner: str) -> CallServed:
         reply.model,
         reply.provider,
         reply.source,
-        None if trail.saved is None else _nanos(trail.saved),
+        None if trail.saved is None else to_nanos(trail.saved),
         reply.latency_s,
         reply.time_to_first_token_s,
         reply.finish_reason,
@@ -231,11 +229,6 @@ def _summed_nanos(attempts: list[Attempt]) -> int | None:
             return None
         nanos += to_nanos(attempt.cost_usd)
     return nanos
-
-
-@functools.lru_cache(maxsize=256)
-def _nanos(usd: Decimal) -> int:
-    return to_nanos(usd)
 
 
 def _tags(call: Call) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator
 
-__all__ = ["begun", "shielded"]
+__all__ = ["begun", "finished", "shielded"]
 
 
 def begun(work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
@@ -28,8 +28,12 @@ async def shielded(work: Coroutine[Any, Any, None]) -> None:
     moved to a task of its own (which alone costs more than the whole of an ordinary ending).
     """
     task = begun(work)
-    if task is None:
-        return
+    if task is not None:
+        await finished(task)
+
+
+async def finished(task: asyncio.Task[None]) -> None:
+    """Wait until what `begun` has left is done, whatever happens to the task that awaits it."""
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:

@@ -266,6 +266,7 @@ def asks_for_cache(messages: Sequence[Message], extra: Mapping[str, Any]) -> boo
     return bool(extra) and "cache_control" in repr(extra)
 
 
+@lru_cache(maxsize=256)
 def to_nanos(usd: Decimal) -> int:
     """Whole nanodollars, rounded up: what a store keeps."""
     return int(_EXACT.scaleb(usd, 9).to_integral_value(ROUND_CEILING, _EXACT))
