@@ -28,6 +28,7 @@ from llmkit import rows
 from llmkit.account import Hold, HoldRefused, Release, Settle
 from llmkit.errors import StoreError
 from llmkit.state.board import Board, clear_boards, was_sent
+from llmkit.state.holds import NOTHING
 from llmkit.state.owner import current_owner, is_gone
 from llmkit.state.store import (
     AttemptBegun,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from llmkit.reply import Outcome
     from llmkit.rows import Row
     from llmkit.state.database import Database
+    from llmkit.state.holds import Amounts
     from llmkit.state.store import CallBegun, Change, Store
 
 __all__ = ["Ledger"]
@@ -724,7 +726,9 @@ class Ledger:
             self._disk_is_lost = True
             how = f" ({error.next_step})" if error.next_step else ""
             self.notice = f"{error.message}; the calls of this session are kept in memory only{how}"
-            self._disk, self._store = self._store, MemoryStore()
+            disk = self._store
+            before = None if disk is None else functools.partial(_settled_in, disk)
+            self._disk, self._store = disk, MemoryStore(before=before)
         log.warning("%s", self.notice)
 
     def close(self) -> None:
@@ -880,6 +884,18 @@ def _unlimited(change: Change) -> Change:
         return change
     accounts = tuple(each._replace(limit_nanos=None, limit_tokens=None) for each in change.accounts)
     return change._replace(accounts=accounts, balances=[])
+
+
+def _settled_in(store: Store, account: Account) -> Amounts:
+    """What an account has counted in the store that was fallen back from, as far as that can still be read.
+
+    What is held there is left out: holds of this process are taken anew, and those of others end there.
+    """
+    try:
+        (balance,) = store.balances([account])
+    except StoreError:
+        return NOTHING
+    return balance._replace(held_nanos=0, held_tokens=0)[1:]
 
 
 def _mark_lost(store: Store, now: float, boards: Path | None) -> int:

@@ -994,6 +994,24 @@ def test_a_budget_that_somebody_set_is_not_kept_in_memory_alone():
     assert "in memory only" in ledger.notice
 
 
+def test_accounts_go_on_in_memory_from_what_they_had_on_disk(on_disk, monkeypatch):
+    async def scenario():
+        first, _ = await begun(on_disk, "a", 600)
+        on_disk.attempt_ended(first, new_attempt(cost_usd=Decimal("0.0000005")), None)
+        await on_disk.call_ended(first, Outcome("complete", None, Answer()))
+        in_flight, _ = await begun(on_disk, "b", 300)
+        break_store(monkeypatch)
+        with pytest.raises(HoldRefused) as refused:
+            await begun(on_disk, "c", 501)
+        assert (refused.value.settled, refused.value.held) == (500, 0)
+        on_disk.attempt_ended(in_flight, new_attempt(cost_usd=Decimal("0.0000002")), None)
+        await on_disk.call_ended(in_flight, Outcome("complete", None, Answer()))
+
+    asyncio.run(scenario())
+    assert "in memory only" in on_disk.notice
+    assert balance(on_disk)[1:4] == (700, 0, 0)
+
+
 @pytest.mark.parametrize("crowd", [0, 20])
 def test_the_budgets_by_default_go_on_in_memory_and_count_there(crowd):
     async def scenario():

@@ -45,7 +45,7 @@ from llmkit.state.store import (
 from llmkit.state.sums import check_columns, quarter_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from llmkit.account import Account
     from llmkit.state.store import Change, IsGone, WasSent
@@ -67,8 +67,10 @@ class MemoryStore:
     Sums of spending, accounts and holds are kept for as long as the process lives.
     """
 
-    def __init__(self, *, max_calls: int = 50_000) -> None:
+    def __init__(self, *, max_calls: int = 50_000, before: Callable[[Account], Amounts] | None = None) -> None:
+        """``before`` says what an account has counted elsewhere, where this store goes on for another."""
         self.location = "memory"
+        self._before = before
         self.max_calls = max_calls
         # What is in these is replaced and never changed, so that a commit can be undone.
         self._calls: dict[str, Row] = {}
@@ -275,6 +277,8 @@ class MemoryStore:
     def _beginning(self, account: Account) -> Amounts:
         """What an account that nobody has used yet begins with."""
         amounts = self._in_ledger(account)
+        if self._before is not None:
+            amounts = added(amounts, self._before(account))
         for held in self._counting(account):
             amounts = added(amounts, counted(held))
         return amounts
