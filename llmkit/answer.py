@@ -7,6 +7,7 @@ write anything, so nothing is taken from there unchecked; what does not check is
 
 from __future__ import annotations
 
+import functools
 import json
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -152,7 +153,9 @@ _GENUINE = frozenset({"provider", "simulated"})
 
 def _checksum(key: str, body: bytes) -> bytes:
     """Over the key, too: an answer that was moved to another key is not the answer to that."""
-    return sha256(b"%b\n%b" % (key.encode("utf-8", "replace"), body)).hexdigest().encode()
+    checksum = sha256(b"%b\n" % key.encode("utf-8", "replace"))
+    checksum.update(body)
+    return checksum.hexdigest().encode()
 
 
 def _checked(fields: Any, text: str) -> Answer:
@@ -180,7 +183,9 @@ def _checked(fields: Any, text: str) -> Answer:
         cost = from_nanos(nanos)
     else:
         raise ValueError
-    return Answer(text, reasoning, model, provider, finish_reason, _usage(fields["usage"]), tool_calls, cost, created)
+    counts = fields["usage"]
+    usage = None if counts is None else _usage(*counts)
+    return Answer(text, reasoning, model, provider, finish_reason, usage, tool_calls, cost, created)
 
 
 def _is_name(value: Any) -> bool:
@@ -199,11 +204,9 @@ def _counts(usage: Usage) -> list[Any]:
     ]
 
 
-def _usage(counts: Any) -> Usage | None:
+@functools.lru_cache(maxsize=1024, typed=True)  # typed: 1, 1.0 and True are not the same here
+def _usage(told: Any, given: Any, cached: Any, written: Any, written_1h: Any, reasoning: Any, estimated: Any) -> Usage:
     """What `_counts` made of it."""
-    if counts is None:
-        return None
-    told, given, cached, written, written_1h, reasoning, estimated = counts
     for number in (told, given, cached, written, written_1h, reasoning):
         if type(number) is not int or not 0 <= number <= _MOST_TOKENS:
             raise ValueError

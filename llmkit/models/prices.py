@@ -272,6 +272,7 @@ def to_nanos(usd: Decimal) -> int:
     return int(_EXACT.scaleb(usd, 9).to_integral_value(ROUND_CEILING, _EXACT))
 
 
+@lru_cache(maxsize=256)
 def from_nanos(nanos: int) -> Decimal:
     """USD out of a store."""
     return _scaled(nanos, 9)

@@ -334,6 +334,14 @@ class Database:
         Raises:
             StoreError: it cannot be read.
         """
+        if self._lock.acquire(blocking=False):
+            try:
+                return self._ready().execute(sql, given).fetchall()
+            except sqlite3.Error as error:
+                if not _is_busy(error):
+                    raise self._failure(error) from error
+            finally:
+                self._lock.release()
         return self._patiently(lambda: self._ready().execute(sql, given).fetchall())
 
     # -- the file ----------------------------------------------------------------------------------------------------
