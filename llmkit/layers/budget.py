@@ -438,6 +438,8 @@ class _Case:
         self._at = at
         self._input = tokens.upper_bound(call.messages, model=endpoint.model, extra=extra)
         self._is_counted = False
+        self._size = (-1, -1)  # of the last worst case, which is asked for several times
+        self._nanos: int | None = None
         self._most = wanted or windows.max_output(endpoint) or MOST_OUTPUT
         self._terms: dict[str, Any] = {
             "at": at,
@@ -452,8 +454,10 @@ class _Case:
 
     def nanos(self, output: int | None = None) -> int | None:
         """None where the price is unknown."""
-        output = self._output if output is None else output
-        return prices.worst_nanos(self._call.endpoint, self._input, output, **self._terms)
+        size = (self._input, self._output if output is None else output)
+        if size != self._size:
+            self._size, self._nanos = size, prices.worst_nanos(self._call.endpoint, *size, **self._terms)
+        return self._nanos
 
     def needed(self, unit: str, output: int | None = None) -> int:
         """What is to be held, with at most ``output`` tokens out."""
