@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
-import json
 import logging
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from llmkit import errors
-from llmkit.errors import AllModelsFailed, CircuitOpen, FirstTokenTimeout, LLMKitError, ProviderError, StreamBroken
-from llmkit.redaction import tidy
+from llmkit.errors import FirstTokenTimeout, LLMKitError, StreamBroken
+from llmkit.failure import copied, is_shared, read_back, written_out
+from llmkit.outlet import NO_CLAIM, NO_OUTLET, Outlet, Rounds
 from llmkit.reply import Chunk, Head, Reply, settled
-from llmkit.shield import begun, shielded
+from llmkit.shield import shielded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -41,11 +40,8 @@ __all__ = ["Asking", "FlightFailed", "SingleFlight"]
 
 log = logging.getLogger("llmkit")
 
-PUBLISH_S = 0.05  # between two looks whether another process follows, while there is something new
-SILENT_S = 0.5  # the same while there is nothing new
 ALIVE_S = 1.0  # between two looks whether the leader's event loop still runs
 STILL = 5  # so many of them in a row without: it has been left for good
-MOST_ERRORS = 32  # of an AllModelsFailed that comes from another process
 
 
 class FlightFailed(Exception):
@@ -78,7 +74,7 @@ class SingleFlight:
         self._clock = clock
         self._flights = flights
         self._handed_on: weakref.WeakSet[Reply] = weakref.WeakSet()
-        self._rounds: dict[asyncio.AbstractEventLoop, _Rounds] = {}
+        self._rounds: dict[asyncio.AbstractEventLoop, Rounds] = {}
 
     async def share(self, key: str, call: Call, asking: Asking) -> Reply | None:
         """Lead or follow, after a miss; for ``call.cache`` of ``use``, ``refresh`` and ``only``.
@@ -117,12 +113,12 @@ class SingleFlight:
         if self._flights is not None:
             await self._flights.aclose()
 
-    def _rounds_of(self, loop: asyncio.AbstractEventLoop) -> _Rounds:
+    def _rounds_of(self, loop: asyncio.AbstractEventLoop) -> Rounds:
         rounds = self._rounds.get(loop)
         if rounds is None:
             for closed in [each for each in list(self._rounds) if each.is_closed()]:
                 self._rounds.pop(closed, None)
-            rounds = self._rounds[loop] = _Rounds(self._clock)
+            rounds = self._rounds[loop] = Rounds(self._clock)
         return rounds
 
 
@@ -311,7 +307,7 @@ class _Caller:
         self.reply: Callable[[], Reply | None] = _none
         self.led: Callable[[], Reply | None] = _none
         self.waker: asyncio.Future[None] | None = None
-        self._outlet: _Outlet | None = None
+        self._outlet: Outlet | None = None
         self._relaying: asyncio.Task[None] | None = None
         self._timers: dict[str, TimerHandle] = {}
 
@@ -332,7 +328,7 @@ class _Caller:
                     return await settled(self._asking.ask(), self._asking.store)
                 self._relay(flight)
                 return None
-            self._outlet = _NO_OUTLET if claim is _NO_CLAIM else _Outlet(claim, self._single._rounds_of(self.loop))
+            self._outlet = NO_OUTLET if claim is NO_CLAIM else Outlet(claim, self._single._rounds_of(self.loop))
             if self._timers:
                 self._stop_following()
             found = None if self._call.cache == "refresh" else await self._asking.look()
@@ -352,7 +348,7 @@ class _Caller:
 
     async def _claim(self, key: str) -> Claim | None:
         flights = self._single._flights
-        return _NO_CLAIM if flights is None else await flights.claim(key)
+        return NO_CLAIM if flights is None else await flights.claim(key)
 
     async def _lead(self) -> Reply:
         reply = await settled(self._asking.ask(), self._ended)
@@ -419,8 +415,8 @@ class _Caller:
             await outlet.close()
             saved = None if reply.source == "degraded" else self._call.trail.spent
             flight.finish(self, _Landed.of(reply, saved), None if reply.is_read_on else reply)
-        elif isinstance(outcome.error, LLMKitError) and _is_shared(outcome.error):
-            await outlet.close(_written(outcome.error))
+        elif isinstance(outcome.error, LLMKitError) and is_shared(outcome.error):
+            await outlet.close(written_out(outcome.error))
             flight.finish(self, _Failed(outcome.error))
         else:
             await self._abandon()
@@ -454,7 +450,7 @@ class _Caller:
                 async for pieces in published:
                     flight.publish(self, [Chunk(text, reasoning) for text, reasoning in pieces])
         except FlightFailed as failure:
-            if (error := _read(failure.args[0])) is not None:
+            if (error := read_back(failure.args[0])) is not None:
                 flight.finish(self, _Failed(error))
                 return
         except Exception:
@@ -484,7 +480,7 @@ class _Caller:
             self.end = None  # it is its reader's alone
             return end
         if isinstance(end, _Failed):
-            raise _copied(end.error)
+            raise copied(end.error)
         return None if isinstance(end, _Stranded) else self._given()
 
     def _start_following(self) -> None:
@@ -559,7 +555,7 @@ class _Caller:
             reply.provider, reply.usage, reply.cut = end.provider, end.usage, end.cut
             self._call.trail.saved = end.saved
         elif isinstance(end, _Failed):
-            raise _copied(end.error)
+            raise copied(end.error)
         else:
             raise StreamBroken(
                 f"{self._call.model}: the identical call that this one followed was broken off",
@@ -727,218 +723,3 @@ class _Caller:
             await self.end.aclose()
         else:
             self.leave()
-
-
-class _NoClaim:
-    """The claim where there is no other process to share with."""
-
-    followed = False
-
-    async def publish(self, pieces: list[tuple[str, str]]) -> None:
-        """Nobody hears it."""
-
-    async def release(self, failure: str | None = None) -> None:
-        """Nobody waits for it."""
-
-
-_NO_CLAIM = _NoClaim()
-
-
-class _Rounds:
-    """Looks after the outlets of one event loop, all of them in one timer."""
-
-    __slots__ = ("_timer", "clock", "outlets")
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.outlets: set[_Outlet] = set()
-        self._timer: TimerHandle | None = None
-
-    def add(self, outlet: _Outlet) -> None:
-        self.outlets.add(outlet)
-        if self._timer is None:
-            self._timer = self.clock.call_later(PUBLISH_S, self._round)
-
-    def _round(self) -> None:
-        self._timer = None
-        now = self.clock.now()
-        for outlet in list(self.outlets):
-            if outlet.due <= now:
-                outlet.look(now)
-        if self.outlets and self._timer is None:
-            self._timer = self.clock.call_later(PUBLISH_S, self._round)
-
-
-def _nothing() -> int:
-    """Nothing has arrived, and nobody is told."""
-    return 0
-
-
-class _Outlet:
-    """Publishes what arrives to other processes, a few times a second at most.
-
-    Attributes:
-        due: when to look again whether somebody follows.
-    """
-
-    __slots__ = ("_closed", "_looked", "_pause", "_pending", "_publishing", "_rounds", "_seen", "claim", "due")
-
-    def __init__(self, claim: Claim, rounds: _Rounds) -> None:
-        self.claim = claim
-        self.due = 0.0
-        self._rounds = rounds
-        self._pause = PUBLISH_S
-        self._seen = -1
-        self._looked: Callable[[], int] = _nothing
-        self._pending: list[tuple[str, str]] = []
-        self._publishing: asyncio.Task[None] | None = None
-        self._closed = False
-
-    def open(self, looked: Callable[[], int]) -> None:
-        """The reply has begun: from now on, see whether somebody follows, and tell ``looked``, which says how much there
-        is.
-        """
-        self._looked = looked
-        self._rounds.add(self)
-
-    def heard(self, batch: list[Chunk]) -> None:
-        self._pending += [(chunk.text, chunk.reasoning) for chunk in batch]
-        self.due = 0.0
-
-    def look(self, now: float) -> None:
-        """Publish what is new, and see whether somebody follows."""
-        if self._publishing is None:
-            pieces, self._pending = self._pending, []
-            self._publishing = begun(self.claim.publish(pieces))
-            if self._publishing is not None:
-                self._publishing.add_done_callback(self._published)
-        arrived = self._looked()
-        self._pause = PUBLISH_S if arrived != self._seen else min(2 * self._pause, SILENT_S)
-        self._seen = arrived
-        self.due = now + self._pause - 1e-6 if not self._pending else 0.0
-
-    def _published(self, _: asyncio.Task[None]) -> None:
-        self._publishing = None
-
-    async def close(self, failure: str | None = None) -> None:
-        """It has ended: publish the rest, where somebody follows, and release the claim."""
-        if self._closed:
-            return
-        self._closed = True
-        self._rounds.outlets.discard(self)
-        claim, self._looked = self.claim, _nothing
-        if self._publishing is not None:
-            await self._publishing
-        if self._pending and claim.followed:
-            await claim.publish(self._pending)
-        await (claim.release() if failure is None else claim.release(failure))
-
-    def drop(self) -> None:
-        """Its event loop is gone: release the claim from this one."""
-        self._closed = True
-        self._rounds.outlets.discard(self)
-        if (rest := begun(self.claim.release())) is not None:
-            _RELEASES.add(rest)
-            rest.add_done_callback(_RELEASES.discard)
-
-
-class _NoOutlet(_Outlet):
-    """Where there is no other process to publish to."""
-
-    def __init__(self) -> None:
-        self.claim = _NO_CLAIM
-
-    def open(self, looked: Callable[[], int]) -> None:
-        """Nobody follows."""
-
-    def heard(self, batch: list[Chunk]) -> None:
-        """Nobody hears it."""
-
-    async def close(self, failure: str | None = None) -> None:
-        """Nobody waits for it."""
-
-    def drop(self) -> None:
-        """There is nothing to release."""
-
-
-_NO_OUTLET = _NoOutlet()
-
-_RELEASES: set[asyncio.Task[None]] = set()  # a loop keeps only weak references to its tasks
-
-
-# -- failures ----------------------------------------------------------------------------------------------------------
-
-
-def _is_shared(error: LLMKitError) -> bool:
-    """Whether asking again would fail in the same way. What was the leader's own, its deadline or its cap, would not."""
-    if isinstance(error, AllModelsFailed):
-        return all(_is_shared(each) or isinstance(each, CircuitOpen) for each in error.errors)
-    return isinstance(error, ProviderError) and not isinstance(error, errors.TotalTimeout)
-
-
-def _copied(error: LLMKitError) -> LLMKitError:
-    """The same failure for another call, which has spent nothing on it."""
-    if isinstance(error, AllModelsFailed):
-        return AllModelsFailed(error.message, [_copied(each) for each in error.errors])
-    twin = copy.copy(error)
-    twin.request_id, twin.spent, twin.unseen = None, None, 0
-    if isinstance(twin, ProviderError):
-        twin.maybe_billed, twin.usage = False, None
-    if isinstance(twin, StreamBroken):
-        twin.text_so_far = ""
-    return twin
-
-
-_TEXTS = ("message", "provider", "model", "provider_request_id", "next_step", "reason")
-_NUMBERS = ("status", "retry_after", "limit", "reasoning_tokens")
-_LONGEST = 2000
-
-
-def _written(error: LLMKitError) -> str | None:
-    """A failure for another process; None where only this one can say it."""
-    return json.dumps(_fields(error))
-
-
-def _fields(error: LLMKitError) -> dict[str, Any]:
-    fields = {name: getattr(error, name) for name in (*_TEXTS, *_NUMBERS, "retryable") if hasattr(error, name)}
-    if isinstance(error, AllModelsFailed):
-        fields["errors"] = [_fields(each) for each in error.errors[:MOST_ERRORS]]
-    return {"kind": type(error).__name__, **fields}
-
-
-def _read(failure: Any) -> LLMKitError | None:
-    """The failure that another process wrote; None where it cannot be read."""
-    try:
-        fields = json.loads(failure)
-        if fields["kind"] != "AllModelsFailed":
-            return _revived(fields)
-        each = [_revived(one) for one in fields["errors"][:MOST_ERRORS]]
-        return AllModelsFailed(_text(fields["message"]), each)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-
-
-def _revived(fields: dict[str, Any]) -> LLMKitError:
-    kind = getattr(errors, fields["kind"]) if fields["kind"] in errors.__all__ else None
-    if kind is CircuitOpen:
-        return CircuitOpen(_text(fields["message"]), endpoint="", state="open", retry_after=None)
-    if kind is None or not issubclass(kind, ProviderError):
-        raise ValueError(fields["kind"])
-    error: ProviderError = kind.__new__(kind)
-    ProviderError.__init__(error, _text(fields["message"]), retryable=fields.get("retryable") is True)
-    for name in _TEXTS[1:]:
-        if isinstance(value := fields.get(name), str):
-            setattr(error, name, _text(value))
-    for name in _NUMBERS:
-        if name in fields:
-            value = fields[name]
-            setattr(error, name, value if type(value) in {int, float} and 0 <= value < 1e9 else None)
-    if isinstance(error, StreamBroken):
-        error.text_so_far = ""
-    return error
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return tidy(value, limit=_LONGEST)

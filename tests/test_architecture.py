@@ -33,8 +33,8 @@ ORDER = [
     {"budgets", "rows"},
     {"events", "state", "models", "guards"},
     {"flight"},
-    {"reply"},
-    {"call"},
+    {"outlet", "reply"},
+    {"call", "failure"},
     {
         "calendar",
         "circuit",

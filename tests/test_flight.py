@@ -15,7 +15,8 @@ from llmkit import errors
 from llmkit.answer import Answer
 from llmkit.call import Attempt, Timeouts
 from llmkit.clock import SystemClock
-from llmkit.flight import _STATE, FlightFailed, SingleFlight, _copied, _read, _written
+from llmkit.failure import copied, read_back, written_out
+from llmkit.flight import _STATE, FlightFailed, SingleFlight
 from llmkit.reply import Chunk, Head, Reply, Usage, settled
 from llmkit.state.flights import FileFlights
 from llmkit.testing import FakeClock
@@ -808,13 +809,13 @@ def test_an_answer_that_is_not_worth_storing_is_shared_all_the_same() -> None:
     ],
 )
 def test_a_failure_survives_the_way_to_another_process(error) -> None:
-    twin = _read(_written(error))
+    twin = read_back(written_out(error))
     assert (type(twin), twin.message, twin.next_step) == (type(error), error.message, error.next_step)
     for name in ("provider", "model", "status", "retryable", "retry_after", "limit", "reasoning_tokens", "reason"):
         assert getattr(twin, name, None) == getattr(error, name, None)
     assert getattr(twin, "text_so_far", "") == ""
     assert [type(each) for each in getattr(twin, "errors", ())] == [type(each) for each in getattr(error, "errors", ())]
-    assert type(_copied(twin)) is type(error)
+    assert type(copied(twin)) is type(error)
     assert twin.block()
 
 
@@ -838,11 +839,11 @@ def test_a_failure_survives_the_way_to_another_process(error) -> None:
     ],
 )
 def test_a_failure_that_cannot_be_read_is_none(failure) -> None:
-    assert _read(failure) is None
+    assert read_back(failure) is None
 
 
 def test_what_another_process_says_of_a_failure_is_bounded_and_printable() -> None:
-    error = _read(
+    error = read_back(
         '{"kind": "BadResponse", "message": "a\\u001b[31m' + "x" * 9999 + '", "status": 1e400, "provider": 7}'
     )
     assert len(error.message) <= 2000
@@ -931,7 +932,7 @@ def test_a_failure_in_another_process_is_shared() -> None:
         kitchen = Kitchen(flights=remote)
         tasks = [kitchen.start() for _ in range(5)]
         await turns()
-        remote.published.put_nowait(FlightFailed(_written(errors.ProviderOverloaded("503", status=503))))
+        remote.published.put_nowait(FlightFailed(written_out(errors.ProviderOverloaded("503", status=503))))
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert [(type(each), each.status) for each in found] == [(errors.ProviderOverloaded, 503)] * 5
         assert kitchen.wire.asked == 0
@@ -952,7 +953,7 @@ def test_a_failure_here_is_told_to_other_processes_and_an_abandoned_call_is_not(
         await turns()
         leader.cancel()
         await asyncio.gather(leader, return_exceptions=True)
-        assert [None if each is None else _read(each).status for each in remote.released] == [503, None]
+        assert [None if each is None else read_back(each).status for each in remote.released] == [503, None]
 
     run(main)
 
