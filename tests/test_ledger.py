@@ -1268,7 +1268,8 @@ def test_a_duplicate_among_them_harms_no_other(on_disk):
     assert [row["request_id"] for row in on_disk.calls()] == ["a", "b", "c"]
 
 
-def test_what_waits_is_written_when_the_interpreter_ends(tmp_path):
+@pytest.mark.parametrize("count", [1, 300, 350])  # of 350, a group is perhaps being written, and many still wait
+def test_what_waits_is_written_when_the_interpreter_ends(tmp_path, count):
     code = """
         import asyncio, sys
         from llmkit.ledger import Ledger
@@ -1278,14 +1279,15 @@ def test_what_waits_is_written_when_the_interpreter_ends(tmp_path):
             global ledger
             ledger = Ledger.open(sys.argv[1])
             await ledger.open_store()
-            await served(ledger, "a")
+            for number in range(int(sys.argv[2])):
+                await served(ledger, f"r{number}")
 
         asyncio.run(main())
     """
     url = f"sqlite:///{tmp_path}/l.sqlite3"
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), url], timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), url, str(count)], timeout=60, check=True)
     ledger = Ledger.open(url)
-    assert [row["source"] for row in ledger.calls()] == ["cache"]
+    assert [row["source"] for row in ledger.calls()] == ["cache"] * count
     ledger.close()
 
 
