@@ -385,23 +385,25 @@ class Ledger:
         """Bring the entry's changes into the store, and return when they are there."""
         await self.open_store()
         if len(self._open_calls) > SIBLINGS:
-            written = self._write_together(entry)
-            if entry.beginning is not None:
-                entry.pending = written
-            await asyncio.shield(written)
+            await self._answered(entry, self._write_together(entry))
             return
         try:
             waiting = self._commit(entry)
             if waiting is not None:
-                landing = asyncio.wrap_future(waiting)
-                if entry.beginning is not None:
-                    entry.pending = landing
-                await asyncio.shield(landing)
+                await self._answered(entry, asyncio.wrap_future(waiting))
         except StoreError as error:
             self._write_failed(entry, error)
             if entry.refused:
                 raise
             self._commit(entry)
+
+    @staticmethod
+    async def _answered(entry: _Entry, landing: asyncio.Future[None]) -> None:
+        """Wait for the store's answer; it comes whether or not somebody still waits for it."""
+        if entry.beginning is not None:
+            entry.pending = landing
+        landing.add_done_callback(_heard)
+        await asyncio.shield(landing)
 
     async def _known(self, entry: _Entry) -> None:
         """Whoever began the attempt was cancelled before the store had answered; now it has."""
@@ -870,6 +872,12 @@ def _at_exit() -> None:
 
 
 atexit.register(_at_exit)
+
+
+def _heard(landing: asyncio.Future[None]) -> None:
+    """Whoever waited for it may have been cancelled; what it failed with is dealt with where that is seen."""
+    if not landing.cancelled():
+        landing.exception()
 
 
 def _ended(entry: _Entry) -> list[tuple[Hold, Settle | Release, bool]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -626,19 +627,24 @@ def test_a_beginning_that_failed_after_nobody_waited_for_it_is_not_lost(tmp_path
     ledger.calls()
     holder = sqlite3.connect(tmp_path / "ledger.sqlite3", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
+    complaints = []
 
     async def scenario():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
         call = new_call()
         ledger.call_began(call)
         beginning = asyncio.create_task(ledger.attempt_began(call, 1, ENDPOINT, 1.0))
         await asyncio.sleep(0)
         beginning.cancel()
         await asyncio.gather(beginning, return_exceptions=True)
+        del beginning
         await asyncio.to_thread(store.close)  # what waited has failed by then
         holder.execute("ROLLBACK")
         await ledger.call_ended(call, Outcome("aborted", asyncio.CancelledError()))
+        gc.collect()
 
     asyncio.run(scenario())
+    assert complaints == []
     assert [row["status"] for row in ledger.calls()] == ["aborted"]
     assert len(ledger.attempts("a")) == 1
     holder.close()
