@@ -22,7 +22,7 @@ from llmkit.redaction import tidy
 from llmkit.reply import Reply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from decimal import Decimal
     from types import FrameType
 
@@ -87,7 +87,7 @@ def ask(
         LLMKitError: as `AsyncClient.complete`; what had arrived stays on the screen and in ``error.reply``.
         Interrupted: the same, when the kernel was interrupted.
     """
-    inbox: SimpleQueue[Any] = SimpleQueue()
+    inbox = _Inbox()
     progress = _Progress(options["model"], time.monotonic)
 
     async def work() -> None:
@@ -145,7 +145,26 @@ def _draw(drawing: Callable[..., None], *what: Any) -> None:
         drawing(*what)
 
 
-def _watch(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> None:
+class _Inbox:
+    """What the loop reports to the cell's thread, None last.
+
+    All of it is kept: an interrupt may come when a report has been taken out and nobody has heard it yet.
+    """
+
+    def __init__(self) -> None:
+        self.news: list[Any] = []
+        self._unheard: SimpleQueue[Any] = SimpleQueue()
+
+    def put(self, news: Any) -> None:
+        self.news.append(news)
+        self._unheard.put(news)
+
+    def get(self, timeout: float) -> Any:
+        """The next report. Raises `queue.Empty` when there is none for ``timeout`` seconds."""
+        return self._unheard.get(timeout=timeout)
+
+
+def _watch(inbox: _Inbox, progress: _Progress, view: View) -> None:
     """Draw until the call has ended."""
     pace = _Pace(time.monotonic)
     patience = TICK_S
@@ -188,10 +207,7 @@ class _Progress:
     """What is known so far of the call, in words."""
 
     def __init__(self, model: str, now: Callable[[], float]) -> None:
-        self.reply: Reply | None = None
-        self.attempts: list[Attempt] = []
-        self.notes: list[str] = []
-        self.sent = False
+        self._forget()
         self._now = now
         self._began = now()
         self._since = self._began
@@ -199,9 +215,21 @@ class _Progress:
         self._until: float | None = None
         self._before = ""
 
+    def _forget(self) -> None:
+        self.reply: Reply | None = None
+        self.attempts: list[Attempt] = []
+        self.notes: list[str] = []
+        self.sent = False
+
     @property
     def elapsed_s(self) -> float:
         return self._now() - self._began
+
+    def hear_again(self, news: Sequence[object]) -> None:
+        """Take in all that there was from the beginning, whatever had been heard."""
+        self._forget()
+        for each in news:
+            self.hear(each)
 
     def hear(self, news: object) -> None:
         """Take in an event, or the reply at its first token."""
@@ -249,16 +277,6 @@ class _Progress:
         return f"{self._what} {elapsed:.0f} s" if elapsed >= QUIET_S else self._what
 
 
-def _drain(inbox: SimpleQueue[Any], progress: _Progress) -> None:
-    while True:
-        try:
-            news = inbox.get_nowait()
-        except Empty:
-            return
-        if news is not None:
-            progress.hear(news)
-
-
 def _show_failure(error: LLMKitError, progress: _Progress, view: View) -> None:
     reply = error.reply if error.reply is not None and error.reply.text else None
     if reply is None:
@@ -267,8 +285,8 @@ def _show_failure(error: LLMKitError, progress: _Progress, view: View) -> None:
         _draw(view.done, reply, progress.with_answer(reply, view))
 
 
-def _interrupted(inbox: SimpleQueue[Any], progress: _Progress, view: View) -> Interrupted:
-    _drain(inbox, progress)
+def _interrupted(inbox: _Inbox, progress: _Progress, view: View) -> Interrupted:
+    progress.hear_again(inbox.news)
     reply = progress.reply
     billed = any(attempt.maybe_billed for attempt in progress.attempts)
     if reply is None or not reply.text:

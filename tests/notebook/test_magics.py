@@ -18,9 +18,11 @@ from llmkit.errors import (
     StreamBroken,
     TemplateError,
 )
-from llmkit.notebook.asking import Interrupted
+from llmkit.events import AttemptStarted
+from llmkit.notebook.asking import Interrupted, _Progress
 from llmkit.notebook.display import Terminal
 from llmkit.notebook.magics import LLMMagics
+from llmkit.reply import Reply
 from tests.notebook.server import CUT, Gone, refused, said, silent
 
 
@@ -362,6 +364,26 @@ def test_an_interrupt_before_anything_arrived(shell, server) -> None:
     assert gone.left.wait(30)
     assert "a" not in shell.user_ns
     assert "spent: nothing that was seen; the provider may bill more" in shown.stdout
+
+
+@pytest.mark.parametrize("lost", [AttemptStarted, Reply])
+def test_an_interrupt_that_comes_when_a_report_is_taken_out(shell, server, monkeypatch, lost) -> None:
+    """What it reported was heard by nobody then, and counts all the same."""
+    gone, hear = Gone(), _Progress.hear
+
+    def interrupted(progress, news) -> None:
+        if isinstance(news, lost):
+            monkeypatch.setattr(_Progress, "hear", hear)
+            assert gone.reached.wait(30)
+            raise KeyboardInterrupt
+        hear(progress, news)
+
+    monkeypatch.setattr(_Progress, "hear", interrupted)
+    server.next(said("The beginning ", gone) if lost is Reply else silent(gone))
+    shown = run(shell, "%%llm a <<\nhi")
+    assert isinstance(shown.error, Interrupted)
+    assert "Interrupted: the connection is closed" in shown.stdout
+    assert ("a" in shell.user_ns) is (lost is Reply)
 
 
 def test_an_interrupt_before_anything_was_sent() -> None:
