@@ -55,7 +55,8 @@ class AsyncClient:
     Args:
         config: settings read elsewhere; by default ``llmkit.toml`` and the environment are read.
         transport: an `httpx.AsyncBaseTransport` to send through, instead of llmkit's own and of the built-in simulator:
-            an `httpx.MockTransport`, or a `llmkit.testing.Simulator` with faults to come.
+            an `httpx.MockTransport`, or a `llmkit.testing.Simulator` with faults to come. What it answers is this
+            client's alone: it is cached in memory, never in the store that real calls look into.
         clock: time, sleep and chance; for tests.
         on_alert: called with an `llmkit.events.AlertRaised` when spending is unusual (``[alerts]``), on the event loop's
             thread, so it must not block; one that fails is logged.
@@ -94,9 +95,11 @@ class AsyncClient:
             self.ledger.is_strict = self._budgets.is_set
         self.circuits = Breakers(self.config.breaker, self.clock, circuits, current_owner)
         self.cache = AnswerCache(
-            self.config.cache, self.clock, functools.partial(_entries, self.config, self.clock, shared)
+            self.config.cache,
+            self.clock,
+            functools.partial(_entries, self.config, self.clock, shared, alone=transport is not None),
         )
-        self._flights = _flights(self.config, self.clock, shared, f"memory {id(self)}")
+        self._flights = _flights(self.config, self.clock, shared, f"memory {id(self)}", is_alone=transport is not None)
         self._provider = Provider(
             self.clock,
             transport=transport,
@@ -515,25 +518,26 @@ def _spent_since(ledger: Ledger, since: float) -> dict[int, int]:
     return spent
 
 
-def _entries(config: Config, clock: Clock, shared: Shared | None) -> Entries:
-    """Where answers are kept; waits for files."""
+def _entries(config: Config, clock: Clock, shared: Shared | None, *, alone: bool) -> Entries:
+    """Where answers are kept; waits for files. ``alone``: what this client is answered is nobody else's answer."""
     from llmkit.state.entries import open_entries
 
     cache = config.cache
-    if shared is not None and cache.persist:
+    persist = cache.persist and not alone
+    if shared is not None and persist:
         return shared.entries(max_bytes=cache.max_bytes)
-    url = config.state_url if cache.persist else "memory"
+    url = config.state_url if persist else "memory"
     room = min(cache.max_bytes, cache.memory_bytes) if url == "memory" else cache.max_bytes
     return open_entries(url, max_bytes=room, clock=clock)
 
 
-def _flights(config: Config, clock: Clock, shared: Shared | None, alone: str) -> SingleFlight:
+def _flights(config: Config, clock: Clock, shared: Shared | None, alone: str, *, is_alone: bool) -> SingleFlight:
     """Which calls are in flight, wherever their answers may be read; ``alone`` names answers that nobody else can read."""
     from llmkit.flight import SingleFlight
     from llmkit.state.flights import FileFlights
     from llmkit.state.store import ledger_path
 
-    if not config.cache.persist:
+    if is_alone or not config.cache.persist:
         return SingleFlight(alone, clock)
     if shared is not None:
         return SingleFlight(shared.location, clock, shared.flights)

@@ -321,12 +321,29 @@ def test_a_store_that_cannot_be_opened_is_said_and_answers_are_kept_in_memory(ca
 # -- a client ------------------------------------------------------------------------------------------------------------
 
 
-def config(tmp_path, **settings):
+@pytest.fixture(autouse=True)
+def _servers():
+    with contextlib.ExitStack() as stack:
+        SERVERS.update(stack=stack, urls={})
+        yield
+
+
+SERVERS = {}
+
+
+def url_of(simulator):
+    """Where a simulator is served in this test; one that is a client's transport has its answers kept to that client."""
+    if simulator not in SERVERS["urls"]:
+        SERVERS["urls"][simulator] = SERVERS["stack"].enter_context(simulator.server())
+    return SERVERS["urls"][simulator]
+
+
+def config(tmp_path, simulator, **settings):
     return Config.of(
         environ={"TEST_KEY": "sk-test-key-of-nobody-1234"},
         model="m",
         models={"m": {"provider": "own", "model": "m-1", "price": {"input": 1, "output": 2}}},
-        providers={"own": {"base_url": "http://127.0.0.1:9/v1", "api_key_env": "TEST_KEY"}},
+        providers={"own": {"base_url": url_of(simulator), "api_key_env": "TEST_KEY"}},
         state={"url": f"sqlite:///{tmp_path}/ledger.sqlite3"},
         **settings,
     )
@@ -337,7 +354,7 @@ def on_disk(tmp_path):
 
 
 def client_of(tmp_path, simulator, **settings):
-    return llmkit.Client(config=config(tmp_path, **settings), transport=simulator)
+    return llmkit.Client(config=config(tmp_path, simulator, **settings))
 
 
 def test_run_it_again_and_pay_nothing(tmp_path) -> None:
@@ -466,7 +483,7 @@ def test_two_clients_of_one_ledger_share_answers_and_hear_of_clears(tmp_path) ->
     async def main() -> None:
         simulator = Simulator("x", clock=FakeClock())
         clock = FakeClock()
-        one, two = (llmkit.AsyncClient(config=config(tmp_path), transport=simulator, clock=clock) for _ in range(2))
+        one, two = (llmkit.AsyncClient(config=config(tmp_path, simulator), clock=clock) for _ in range(2))
         assert (await one.complete("hi")).source == "provider"
         assert (await two.complete("hi")).source == "cache"
         assert await one.cache.clear() == 1
@@ -476,6 +493,19 @@ def test_two_clients_of_one_ledger_share_answers_and_hear_of_clears(tmp_path) ->
         await two.aclose()
 
     asyncio.run(main())
+
+
+def test_what_a_transport_of_ones_own_answers_is_nobody_elses_answer(tmp_path) -> None:
+    simulator = Simulator("the real answer", clock=FakeClock())
+    settings = config(tmp_path, simulator)
+    for text in ("made up", "made up otherwise"):
+        transport = Simulator(text, clock=FakeClock())
+        with llmkit.Client(config=settings, transport=transport) as client:
+            assert [(client.complete("hi").text, transport.calls) for _ in range(2)] == [(text, 1)] * 2
+            assert client.cache.location == "memory"
+    with llmkit.Client(config=settings) as client:
+        assert client.complete("hi").text == "the real answer"
+    assert not any(b"made up" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_a_closed_client_can_be_used_again(tmp_path) -> None:
