@@ -26,6 +26,7 @@ class Options:
 
     Attributes:
         model: ``provider:model``, an alias, or several with commas between (a chain).
+        tier: ``simple``, ``medium`` or ``hard``: the model that ``[tiers]`` sets for such work, instead of ``model``.
         system: the system prompt.
         temperature: 0 to 2. top_p: above 0, up to 1.
         max_tokens: most output tokens, reasoning included; from 1.
@@ -41,6 +42,7 @@ class Options:
     """
 
     model: str | None = None
+    tier: str | None = None
     system: str | None = None
     temperature: float | None = None
     top_p: float | None = None

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "CellLine", "documented", "parse"]
 
 FORMATS = ("markdown", "text", "json", "code", "html")
+TIERS = ("simple", "medium", "hard")
+MOST_REPEATS = 100
 HELP = "%%llm? shows every option with an example"
-
-# Promised for later, so neither unknown nor misspelt.
-LATER = ("--chat", "--schema", "--image", "--repeat", "--tier", "--plan")
 
 DESCRIPTION = """%%llm [NAME <<] [options]
 
@@ -48,6 +47,12 @@ class CellLine:
         options: arguments of `llmkit.Client.stream`, as far as they were given.
         format: one of `FORMATS`; None where none was given.
         quiet: show nothing. stream: let the wire stream. raw: the prompt is no template.
+        plan: send nothing, show what it would take.
+        repeat: how many samples of the answer.
+        chat: the conversation that this cell goes on with.
+        schema: the name of a variable, or the short form. images: paths, URLs or expressions.
+        save: the name under which the prompt is kept. saved: the prompt that was kept, ``NAME`` or ``NAME@VERSION``.
+        help: show the options, ask nothing.
     """
 
     names: tuple[str, ...] = ()
@@ -56,6 +61,14 @@ class CellLine:
     quiet: bool = False
     stream: bool = True
     raw: bool = False
+    plan: bool = False
+    repeat: int | None = None
+    chat: str | None = None
+    schema: str | None = None
+    images: tuple[str, ...] = ()
+    save: str | None = None
+    saved: str | None = None
+    help: bool = False
 
 
 class _Parser(MagicArgumentParser):
@@ -85,6 +98,13 @@ def _seconds_or_preset(text: str) -> float | str:
 
 def _escaped(text: str) -> str:
     return text.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= MOST_REPEATS:
+        raise ValueError
+    return number
 
 
 def _tag(text: str) -> tuple[str, str]:
@@ -132,12 +152,37 @@ def _parser() -> _Parser:
         help="use: a stored answer where there is one; refresh: ask anew, and store; off: neither look nor store; "
         "only: never ask. --cache refresh",
     )
+    add("--tier", choices=TIERS, help="the model that is set for work of this kind in [tiers]. --tier simple")
+    add("--chat", metavar="NAME", help="go on with this conversation; nothing is remembered without it. --chat trip")
+    add(
+        "--schema",
+        metavar="NAME|DSL",
+        help="the shape of the answer: a variable with a Pydantic class or a JSON schema, or fields in short. "
+        "--schema 'name, age int, tags list'",
+    )
+    add(
+        "--image",
+        action="append",
+        metavar="EXPR",
+        help="a picture to look at: a path, a URL, or a variable; may be repeated. --image plot.png",
+    )
+    count = _converted("--repeat", _count, f"a whole number from 1 to {MOST_REPEATS}")
+    add("--repeat", type=count, metavar="N", help="so many samples of the answer, asked at once. --repeat 3")
+    add("--plan", action="store_true", help="send nothing: show tokens, cost, route, budgets, cache. --plan")
+    add("--save", metavar="NAME", help="keep this prompt under a name, as its next version. --save summary")
+    add(
+        "--with",
+        metavar="NAME",
+        dest="saved",
+        help="begin with a prompt that was kept. --with summary, --with summary@2",
+    )
     preset = "SECONDS|chat|code"
     add("--timeout", type=_seconds_or_preset, metavar=preset, help="time for the whole call. --timeout 20")
     add("--format", choices=FORMATS, help="how the answer is shown; HTML is shown as source, never run. --format json")
     add("--quiet", action="store_true", help="show nothing; errors still show. answer << --quiet")
     add("--no-stream", action="store_true", help="ask for the answer in one piece. --no-stream")
     add("--raw", action="store_true", help="no template: {{ and {%% stay as they are. --raw")
+    add("--help", "-h", action="store_true", help="show this, and ask nothing. %%%%llm --help")
     return parser
 
 
@@ -164,7 +209,8 @@ def parse(line: str) -> CellLine:
     if given.output is not None:
         names += (_name(given.output),)
     options = {
-        name: getattr(given, name) for name in ("model", "system", "temperature", "max_tokens", "seed", "user", "cache")
+        name: getattr(given, name)
+        for name in ("model", "system", "temperature", "max_tokens", "seed", "user", "cache", "tier")
     }
     options |= {"max_cost": given.max_cost, "stop": given.stop, "timeout": given.timeout}
     options["tags"] = dict(given.tag) if given.tag else None
@@ -175,6 +221,14 @@ def parse(line: str) -> CellLine:
         quiet=given.quiet,
         stream=not given.no_stream,
         raw=given.raw,
+        plan=given.plan,
+        repeat=given.repeat,
+        chat=given.chat,
+        schema=given.schema,
+        images=tuple(given.image or ()),
+        save=given.save,
+        saved=given.saved,
+        help=given.help,
     )
 
 
@@ -206,9 +260,7 @@ def _refuse_unknown(words: Sequence[str]) -> None:
     import difflib
 
     option = option.partition("=")[0]
-    if option in LATER:
-        raise ConfigError(f"%%llm: {option} is not in this version yet", next_step=HELP)
-    known = [*_PARSER._option_string_actions, *LATER]
+    known = list(_PARSER._option_string_actions)
     near = difflib.get_close_matches(option, known, 1) or difflib.get_close_matches(f"-{option}", known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(f"%%llm: there is no option {option:.60}{hint}", next_step=HELP)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
     from types import FrameType
 
-    from llmkit.call import Attempt
+    from llmkit.call import Attempt, Message
     from llmkit.client import AsyncClient
     from llmkit.notebook.display import View
     from llmkit.notebook.footer import Part
@@ -79,7 +79,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 def ask(
-    portal: Portal, client: AsyncClient, prompt: str, options: dict[str, Any], view: View, *, stream: bool
+    portal: Portal,
+    client: AsyncClient,
+    prompt: str | list[Message],
+    options: dict[str, Any],
+    view: View,
+    *,
+    stream: bool,
 ) -> Reply:
     """Ask, draw, and give back the whole reply.
 
@@ -88,7 +94,7 @@ def ask(
         Interrupted: the same, when the kernel was interrupted.
     """
     inbox = _Inbox()
-    progress = _Progress(options["model"], time.monotonic)
+    progress = _Progress(options.get("model") or options["tier"], time.monotonic)
 
     async def work() -> None:
         try:

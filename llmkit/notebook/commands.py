@@ -6,7 +6,7 @@ import difflib
 import shlex
 from datetime import datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit import spending
 from llmkit.errors import ConfigError
@@ -15,7 +15,7 @@ from llmkit.notebook import budgets
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import pandas as pd
 
@@ -25,29 +25,21 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 # Promised for later, so neither unknown nor misspelt.
-LATER = ("show", "dashboard", "record", "replay", "live", "doctor")
+LATER = ("show", "dashboard", "record", "replay", "live", "doctor", "plan", "prompts", "chat")
 
-HELP = """\
-%llm                               what is in force: model, budgets, spending, cache, circuits
-%llm models                        aliases and providers
-%llm use MODEL[,FALLBACK…]         the model of the cells that follow
-%llm budget                        every limit: spent, held, left, when it resets
-%llm budget day=5usd …             set limits for this session: session, hour, day, week, month, total, request;
-                                   user.ana.day=2usd, tag.app=docs.day=1usd, month=100000tokens, at_limit=warn
-%llm budget day=off                lift one; %llm budget off lifts all
-%llm cache                         how many answers are stored, and what they saved
-%llm cache clear                   remove them; %llm cache off and on: for this session
-%llm report [day|hour|week|month|model|user|tag] [SINCE]
-                                   what was spent, and saved, as a DataFrame; SINCE is 7d, 12h, 30m …
-%llm export PATH [--overwrite]     the ledger as .csv, .jsonl or .parquet
-%llm breakers                      the circuit of every endpoint used
-%llm breakers reset [ENDPOINT]     close them, or one
-%llm breakers isolate ENDPOINT     admit no call until reset
-%llm calls [N]                     the newest calls of the ledger, as a DataFrame
-%llm why [REQUEST_ID]              the life of one call; without an id, of the last one
-%%llm                              a prompt cell; %%llm? shows its options
-%config LLMMagics                  the settings of all cells
-%reload_ext llmkit                 read llmkit.toml and the environment again"""
+
+class Command(NamedTuple):
+    """One word after ``%llm``.
+
+    Attributes:
+        run: runs it, with the words that follow; what it returns is the cell's value.
+        forms: how it is written, and what that does, a pair for each line of ``%llm help``.
+        more: what ``%llm help NAME`` says beside them: examples.
+    """
+
+    run: Callable[[LLMMagics, list[str]], Any]
+    forms: tuple[tuple[str, str], ...]
+    more: str = ""
 
 
 def run(magics: LLMMagics, line: str) -> Any:
@@ -59,7 +51,7 @@ def run(magics: LLMMagics, line: str) -> Any:
     name, *words = _split(line) or ["status"]
     command = _COMMANDS.get(name)
     if command is not None:
-        return command(magics, words)
+        return command.run(magics, words)
     if name in LATER:
         raise ConfigError(f"%llm {name} is not in this version yet", next_step="%llm help lists what is")
     near = difflib.get_close_matches(name, [*_COMMANDS, *LATER], 1)
@@ -84,8 +76,36 @@ def _no_more(words: list[str], usage: str) -> None:
 
 
 def _help(_: LLMMagics, words: list[str]) -> None:
-    _no_more(words, "%llm help")
-    print(HELP)
+    _no_more(words[1:], "%llm help [TOPIC]")
+    if not words:
+        print(help_text())
+        return
+    command = _COMMANDS.get(words[0])
+    if command is None:
+        near = difflib.get_close_matches(words[0], _COMMANDS, 1)
+        hint = f"; did you mean %llm help {near[0]}?" if near else ""
+        raise ConfigError(f"there is no command %llm {words[0]:.60}{hint}", next_step="%llm help lists them all")
+    print(_lines(command.forms) + (f"\n\n{command.more}" if command.more else ""))
+
+
+def help_text() -> str:
+    """Every command, a line or two each."""
+    return _lines([*(form for command in _COMMANDS.values() for form in command.forms), *_BESIDE])
+
+
+_BESIDE = (
+    ("%%llm", "a prompt cell; %%llm? shows its options"),
+    ("%config LLMMagics", "the settings of all cells"),
+    ("%reload_ext llmkit", "read llmkit.toml and the environment again"),
+)
+_COLUMN = 35
+
+
+def _lines(forms: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(
+        (f"{form:<{_COLUMN}}{what}" if len(form) < _COLUMN else f"{form}\n{'':<{_COLUMN}}{what}").rstrip()
+        for form, what in forms
+    )
 
 
 # -- what is in force ------------------------------------------------------------------------------------------------
@@ -336,16 +356,45 @@ def _outcome(row: dict[str, Any]) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-_COMMANDS: dict[str, Callable[[LLMMagics, list[str]], Any]] = {
-    "status": _status,
-    "models": _models,
-    "use": _use,
-    "budget": _budget,
-    "cache": _cache,
-    "report": _report,
-    "export": _export,
-    "breakers": _breakers,
-    "calls": _calls,
-    "why": _why,
-    "help": _help,
+_COMMANDS: dict[str, Command] = {
+    "status": Command(_status, (("%llm", "what is in force: model, budgets, spending, cache, circuits"),)),
+    "models": Command(_models, (("%llm models", "aliases and providers"),)),
+    "use": Command(_use, (("%llm use MODEL[,FALLBACK…]", "the model of the cells that follow"),)),
+    "budget": Command(
+        _budget,
+        (
+            ("%llm budget", "every limit: spent, held, left, when it resets"),
+            ("%llm budget day=5usd …", "set limits for this session: session, hour, day, week, month, total, request;"),
+            ("", "user.ana.day=2usd, tag.app=docs.day=1usd, month=100000tokens, at_limit=warn"),
+            ("%llm budget day=off", "lift one; %llm budget off lifts all"),
+        ),
+    ),
+    "cache": Command(
+        _cache,
+        (
+            ("%llm cache", "how many answers are stored, and what they saved"),
+            ("%llm cache clear", "remove them; %llm cache off and on: for this session"),
+        ),
+    ),
+    "report": Command(
+        _report,
+        (
+            (
+                "%llm report [day|hour|week|month|model|user|tag] [SINCE]",
+                "what was spent, and saved, as a DataFrame; SINCE is 7d, 12h, 30m …",
+            ),
+        ),
+    ),
+    "export": Command(_export, (("%llm export PATH [--overwrite]", "the ledger as .csv, .jsonl or .parquet"),)),
+    "breakers": Command(
+        _breakers,
+        (
+            ("%llm breakers", "the circuit of every endpoint used"),
+            ("%llm breakers reset [ENDPOINT]", "close them, or one"),
+            ("%llm breakers isolate ENDPOINT", "admit no call until reset"),
+        ),
+    ),
+    "calls": Command(_calls, (("%llm calls [N]", "the newest calls of the ledger, as a DataFrame"),)),
+    "why": Command(_why, (("%llm why [REQUEST_ID]", "the life of one call; without an id, of the last one"),)),
+    "help": Command(_help, (("%llm help [TOPIC]", "this list, or one command with examples"),)),
 }

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
-    from llmkit.reply import Reply
+    from llmkit.notebook.arguments import CellLine
+    from llmkit.notebook.question import Question
 
 __all__ = ["LLMMagics"]
 
@@ -138,43 +139,52 @@ class LLMMagics(Magics):
 
     def _ask(self, line: str, cell: str, local_ns: Mapping[str, Any]) -> None:
         said = parse(line)
+        if said.help:
+            print(self.ask.__doc__)
+            return
+        question = self.question(said, cell, local_ns)
+        for name in ("plan", "repeat", "chat", "schema", "images", "save", "saved"):
+            if getattr(said, name):
+                raise ConfigError(f"%%llm: {name} is not in this version yet")
+        self._ask_once(said, question)
+
+    def question(self, said: CellLine, cell: str, local_ns: Mapping[str, Any]) -> Question:
+        """What a cell with this line and text asks.
+
+        Raises:
+            ConfigError, TemplateError: it cannot be asked.
+        """
+        from llmkit.notebook.question import Question
+
+        question = Question.of(said, cell, settings=self._settings(), names=(self.shell.user_ns, local_ns))
+        if "tier" not in question.options:
+            question.options.setdefault("model", self.session.default.model)
+        return question
+
+    def _ask_once(self, said: CellLine, question: Question) -> None:
         from llmkit.notebook.asking import Interrupted, ask
         from llmkit.notebook.display import view_for
-        from llmkit.options import Options
 
-        mode = display_mode(self.display)
-        options = self._options(said.options)
-        prompt = cell.strip("\n").rstrip()
-        if not said.raw:
-            from llmkit.notebook.template import render
-
-            names = (self.shell.user_ns, local_ns)
-            prompt = render(prompt, *names)
-            if "system" in options:
-                options["system"] = render(options["system"], *names)
-        if not prompt.strip():
-            raise ConfigError("the prompt is empty", next_step="it stands below the line with %%llm")
-        Options.of(options)
-        view = view_for(self.shell, mode, said.format or self.format, quiet=said.quiet)
+        view = view_for(self.shell, display_mode(self.display), said.format or self.format, quiet=said.quiet)
         session = self.session
-        options.setdefault("model", session.default.model)
         try:
-            reply = ask(session.portal, session.client, prompt, options, view, stream=said.stream)
+            reply = ask(session.portal, session.client, question.prompt, question.options, view, stream=said.stream)
         except (LLMKitError, Interrupted) as error:
             if error.reply is not None and error.reply.text:
-                self._bind(error.reply, said.names)
+                self.bind(error.reply, said.names)
             raise
-        self._bind(reply, said.names)
+        self.bind(reply, said.names)
 
-    def _options(self, said: Mapping[str, Any]) -> dict[str, Any]:
-        """What the cell said, over what ``%config`` says."""
+    def _settings(self) -> dict[str, Any]:
+        """What ``%config`` says for cells that say nothing else."""
         settings = {name: getattr(self, name) for name in self._AS_OPTIONS}
-        return {name: value for name, value in settings.items() if value not in {None, ""}} | dict(said)
+        return {name: value for name, value in settings.items() if value not in {None, ""}}
 
-    def _bind(self, reply: Reply, names: Sequence[str]) -> None:
-        self.shell.push(dict.fromkeys(names, reply))
-        # `_` and Out, as for any other cell; returned as the cell's value, the reply would be shown a second time.
-        self.shell.displayhook.update_user_ns(reply)
+    def bind(self, value: Any, names: Sequence[str]) -> None:
+        """Put ``value``, a reply or what several come to, into the variables ``names``, and into ``_`` and ``Out``."""
+        self.shell.push(dict.fromkeys(names, value))
+        # As for any other cell; returned as the cell's value, it would be shown a second time.
+        self.shell.displayhook.update_user_ns(value)
 
     # -- errors ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,60 @@
+"""What a cell asks: its line and its text, with the notebook's variables filled in, before anything is sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import ConfigError
+from llmkit.notebook.template import render
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from llmkit.call import Message
+    from llmkit.notebook.arguments import CellLine
+
+__all__ = ["Question"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A prompt and what goes with it.
+
+    Attributes:
+        prompt: what `llmkit.Client.stream` takes: text, or messages.
+        options: its options; ``model`` is among them where the cell or ``%config`` names one.
+        template: the cell's text before its variables were filled in.
+    """
+
+    prompt: str | list[Message]
+    options: dict[str, Any]
+    template: str
+
+    @classmethod
+    def of(
+        cls, said: CellLine, cell: str, *, settings: Mapping[str, Any], names: tuple[Mapping[str, Any], ...]
+    ) -> Question:
+        """Fill in the prompt and check all that was said.
+
+        Args:
+            settings: options of cells that say nothing else, as ``%config`` has them.
+            names: the notebook's variables; those of later mappings win.
+
+        Raises:
+            ConfigError: nothing to ask, or an impossible option.
+            TemplateError: the prompt cannot be filled in.
+        """
+        from llmkit.options import Options
+
+        options = dict(settings) | said.options
+        template = cell.strip("\n").rstrip()
+        prompt = template
+        if not said.raw:
+            prompt = render(prompt, *names)
+            if "system" in options:
+                options["system"] = render(options["system"], *names)
+        if not prompt.strip():
+            raise ConfigError("the prompt is empty", next_step="it stands below the line with %%llm")
+        Options.of(options)
+        return cls(prompt=prompt, options=options, template=template)
