@@ -120,10 +120,10 @@ class AsyncClient:
             ),
             self._provider,
         )
-        # Of the ledger and the config, not of the client: in a ring, one that is dropped would not go in order.
+        # Of the ledger and the budgets, not of the client: in a ring, one that is dropped would not go in order.
         spent_since = functools.partial(_spent_since, self.ledger)
         self._alerts = Alerts(
-            self.config.alerts, functools.partial(_zone, self.config), spent_since, self.clock, on_alert
+            self.config.alerts, functools.partial(_zone, self._budgets), spent_since, self.clock, on_alert
         )
         self._model: str | None = None
         self._templates: dict[str, Call] = {}
@@ -263,7 +263,7 @@ class AsyncClient:
 
         now = self.clock.time()
         began, ended = spending.moment(since, now), spending.moment(until, now, "until")
-        return spending.frame(self.ledger, spending.keys(by), _zone(self.config), now=now, since=began, until=ended)
+        return spending.frame(self.ledger, spending.keys(by), self._budgets.zone, now=now, since=began, until=ended)
 
     def export(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
         """Write the whole ledger to a ``.csv``, ``.jsonl`` or ``.parquet`` file; see `llmkit.export.export`.
@@ -505,10 +505,8 @@ def _database(ledger: Ledger) -> Database | None:
     return ledger.database
 
 
-def _zone(config: Config) -> tzinfo:
-    from llmkit.budgets import zone_of
-
-    return zone_of(config.budget.timezone)
+def _zone(budgets: Budgets) -> tzinfo:
+    return budgets.zone
 
 
 def _spent_since(ledger: Ledger, since: float) -> dict[int, int]:

@@ -406,6 +406,19 @@ def test_a_client_tells_what_it_and_others_spend(tmp_path) -> None:
     asyncio.run(main())
 
 
+def test_alerts_follow_the_time_zone_of_the_budgets(tmp_path) -> None:
+    async def main() -> None:
+        heard: list[AlertRaised] = []
+        alerts, clock = {"call_usd": "off", "day_usd": 0.1}, FakeClock(start=NOON)
+        path = tmp_path / "l.sqlite3"
+        async with client_of(path, answering("a", "b"), on_alert=heard.append, alerts=alerts, clock=clock) as client:
+            client.set_budgets(timezone="Asia/Kolkata")
+            await client.complete("one")
+        assert "IST" in heard[0].message
+
+    asyncio.run(main())
+
+
 def test_a_hit_and_a_refused_call_are_no_spending(tmp_path) -> None:
     async def main() -> None:
         heard: list[AlertRaised] = []
