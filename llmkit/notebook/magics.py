@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
-from traitlets import Bool, Enum, Float, Int, Unicode, Union, validate
+from traitlets import Bool, Enum, Float, Int, Unicode, Union, observe, validate
 
-from llmkit.call import CACHE_MODES
+from llmkit.call import CACHE_MODES, TIERS
 from llmkit.errors import ConfigError, LLMKitError
 from llmkit.notebook.arguments import FORMATS, documented, parse
 from llmkit.notebook.budgets import in_words
 from llmkit.notebook.session import MODES, Session, display_mode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from llmkit.notebook.arguments import CellLine
     from llmkit.notebook.question import Question
 
 __all__ = ["LLMMagics"]
+
+log = logging.getLogger("llmkit")
 
 
 @magics_class
@@ -34,6 +37,9 @@ class LLMMagics(Magics):
     model = Unicode("", help="Model of cells that name none; empty: as llmkit.toml or the environment say.").tag(
         config=True
     )
+    tier = Enum(
+        ("", *TIERS), "", help="'simple', 'medium' or 'hard': the model of cells by [tiers], instead of `model`."
+    ).tag(config=True)
     system = Unicode("", help="System prompt of cells that have none.").tag(config=True)
     temperature = Float(None, allow_none=True, help="0 to 2; None: the provider's own default.").tag(config=True)
     max_tokens = Int(None, allow_none=True, help="Most output tokens of a cell.").tag(config=True)
@@ -59,7 +65,7 @@ class LLMMagics(Magics):
     ).tag(config=True)
     traceback = Bool(False, help="Show the whole traceback of llmkit's errors.").tag(config=True)
 
-    _AS_OPTIONS = ("model", "system", "temperature", "max_tokens", "max_cost", "timeout", "user", "cache")
+    _AS_OPTIONS = ("model", "tier", "system", "temperature", "max_tokens", "max_cost", "timeout", "user", "cache")
 
     @classmethod
     def of(cls, shell: Any) -> LLMMagics | None:
@@ -71,9 +77,10 @@ class LLMMagics(Magics):
     def begin(self) -> None:
         """Say in one line what will be used. Wrong settings are said, too; then the first cell fails with them."""
         self.session = Session()
-        self._handler: tuple[Any, Any] = (self.shell.custom_exceptions, self.shell.CustomTB)
-        self.shell.set_custom_exc((LLMKitError, *self.shell.custom_exceptions), self._show_error)
-        atexit.register(self.session.close)
+        self.undo: list[Callable[[], object]] = [self.session.close]
+        """What unloading does, the last first. Whatever registers something with the shell adds here how to take it back."""
+        self._handle_errors()
+        self._end_with_the_interpreter()
         try:
             self._greet()
         except ConfigError as error:
@@ -87,19 +94,42 @@ class LLMMagics(Magics):
         for kind, names in self.magics.items():
             for name in names:
                 shell.magics_manager.magics[kind].pop(name, None)
-        if LLMKitError in shell.custom_exceptions:
-            shell.custom_exceptions, shell.CustomTB = self._handler
-        atexit.unregister(self.session.close)
-        self.session.close()
+        while self.undo:
+            take_back = self.undo.pop()
+            try:
+                take_back()
+            except Exception:  # the rest must be taken back all the same
+                log.exception("unloading: %r failed", take_back)
+
+    def _handle_errors(self) -> None:
+        shell = self.shell
+        self._handler: tuple[Any, Any] = (shell.custom_exceptions, shell.CustomTB)
+        shell.set_custom_exc((LLMKitError, *shell.custom_exceptions), self._show_error)
+
+        def give_back() -> None:
+            if LLMKitError in shell.custom_exceptions:
+                shell.custom_exceptions, shell.CustomTB = self._handler
+
+        self.undo.append(give_back)
+
+    def _end_with_the_interpreter(self) -> None:
+        close = self.session.close
+        atexit.register(close)
+        self.undo.append(lambda: atexit.unregister(close))
 
     def _greet(self) -> None:
         display_mode(self.display)
-        default = f"{self.model} (as %config says)" if self.model else str(self.session.default)
+        default = f"{self.model} (as %config says)" if self.model else self.of_tier or str(self.session.default)
         print(
             f"llmkit: {'' if default.startswith('the ') else 'model '}{default} · {in_words(self.session.budget, self.max_cost)}"
         )
         for notice in self.session.config.notices:
             print(f"llmkit: {notice}")
+
+    @property
+    def of_tier(self) -> str:
+        """The model of the tier that is set for cells, in words; empty where none is."""
+        return f"{self.session.config.tier(self.tier)} (tier {self.tier})" if self.tier else ""
 
     @validate(*_AS_OPTIONS)
     def _checked(self, proposal: Mapping[str, Any]) -> Any:
@@ -108,7 +138,15 @@ class LLMMagics(Magics):
         value = proposal["value"]
         if value not in {None, ""}:
             Options.of({proposal["trait"].name: value})
+            if proposal["trait"].name == "tier" and hasattr(self, "session"):
+                self.session.config.tier(value)
         return value
+
+    @observe("model", "tier")
+    def _chosen(self, change: Mapping[str, Any]) -> None:
+        """A model and a tier exclude each other: the one that was set last holds."""
+        if change["new"]:
+            setattr(self, {"model": "tier", "tier": "model"}[change["name"]], "")
 
     # -- the magics --------------------------------------------------------------------------------------------------
 
