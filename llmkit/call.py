@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from llmkit.events import Event
     from llmkit.reply import Usage
 
-__all__ = ["CACHE_MODES", "Attempt", "Call", "Message", "Params", "Skipped", "Timeouts", "Trail", "messages_from"]
+__all__ = ["CACHE_MODES", "TIERS", "Attempt", "Call", "Message", "Params", "Skipped", "Timeouts", "Trail", "digest_of", "messages_from"]
 
 _new, _set = object.__new__, object.__setattr__
 
 CACHE_MODES = ("use", "refresh", "off", "only")
+TIERS = ("simple", "medium", "hard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,7 @@ class Call:
         cache: ``use``, ``refresh`` (ask anew and store), ``off`` (neither read nor store) or ``only`` (never ask).
         repeat: which sample of the answer is wanted: each number has an answer of its own.
         namespace: whose answers may be shared with this call; "" everybody's.
+        template: the digest of the text that the prompt was made from; None where none was named.
         request_key: what identical requests have in common, set by the cache layer; None above it and where it is off.
         hold: what is set aside for the next attempt, set by the budget layer; None where nothing is.
         on_send: to be called when the connection stands, right before the request goes out; its awaitable, if it gives
@@ -190,6 +192,7 @@ class Call:
     cache: str = "use"
     repeat: int = 0
     namespace: str = ""
+    template: str | None = None
     request_key: str | None = None
     link: Link | None = None
     hold: Hold | None = None
@@ -227,6 +230,13 @@ class Call:
         if self.link is None:
             raise RuntimeError("no link has been chosen yet: this layer stands above the route")
         return self.link.endpoint
+
+
+def digest_of(template: str) -> str:
+    """What stands in a ledger for the text that prompts are made from: nothing of it, and always the same."""
+    from hashlib import sha256
+
+    return sha256(template.strip().encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def messages_from(

@@ -18,7 +18,7 @@ from weakref import WeakSet
 from llmkit.alerts import Alerts
 from llmkit.budgets import Budgets
 from llmkit.cache import AnswerCache
-from llmkit.call import Call, Message, Trail, messages_from
+from llmkit.call import Call, Message, Trail, digest_of, messages_from
 from llmkit.clock import Clock, SystemClock
 from llmkit.config import Config
 from llmkit.layers import standard
@@ -155,7 +155,7 @@ class AsyncClient:
 
     async def _open(self, prompt: Any, *, stream: bool, options: dict[str, Any]) -> Reply:
         asked = Options.of(options)
-        if asked.model is None and self._model is None:
+        if asked.model is None and asked.tier is None and self._model is None:
             await asyncio.to_thread(self.default_model)  # it may look for local servers
         call = self._call(prompt, stream, asked)
         waiting = self._pipeline(call)
@@ -167,7 +167,7 @@ class AsyncClient:
         return reply
 
     def _call(self, prompt: Any, stream: bool, options: Options) -> Call:
-        common = self._common(options.model or self.default_model())
+        common = self._common(self._model_of(options))
         started = self.clock.now()
         asked: dict[str, Any] = {
             "request_id": options.request_id or new_request_id(self.clock),
@@ -182,6 +182,16 @@ class AsyncClient:
         total = asked.get("timeouts", common.timeouts).total
         asked["deadline"] = None if total is None else started + total
         return common.with_(asked)
+
+    def _model_of(self, options: Options) -> str:
+        """The model that is asked for, by its name or by a tier.
+
+        Raises:
+            ConfigError: the tier is not set.
+        """
+        if options.tier is not None:
+            return self.config.tier(options.tier)
+        return options.model or self.default_model()
 
     def _common(self, model: str) -> Call:
         """What all calls to ``model`` have in common."""
@@ -216,6 +226,7 @@ class AsyncClient:
             "timeouts": options.timeouts(self.config.timeouts),
             "cache": options.cache or "use",
             "repeat": options.repeat or 0,
+            "template": None if options.template is None else digest_of(options.template),
             "namespace": _namespace(self.config.cache.namespace, options.user, tags),
         }
         cap = options.max_cost_usd
@@ -373,7 +384,7 @@ class Client:
     def _portal(self) -> Portal:
         from llmkit import portal
 
-        return portal.shared()  # asked for each time: in a forked child it is another one
+        return portal.shared(self)  # asked for each time: in a forked child it is another one
 
     @property
     def config(self) -> Config:
@@ -388,9 +399,13 @@ class Client:
         return self._bridged(_awaited(self._client.stream(prompt, **options)))
 
     def _bridged(self, asking: Coroutine[Any, Any, Reply]) -> Reply:
-        portal = self._portal
-        reply = portal.run(asking)
-        reply._portal = portal
+        from llmkit.portal import shared
+
+        bridge = self._portal
+        reply = bridge.run(asking)
+        reply._portal = bridge
+        if reply.outcome is None:
+            shared(reply)  # it arrives even if its client is dropped
         return reply
 
     def default_model(self) -> str:
@@ -442,7 +457,10 @@ class Client:
 
     def close(self) -> None:
         """Close connections and the ledger; replies still arriving are aborted and settled."""
+        from llmkit import portal
+
         self._portal.run(self._client.aclose())
+        portal.leave(self)
 
     def __enter__(self) -> Self:
         return self

@@ -184,6 +184,7 @@ class Config:
         file: the file that was read; None where there was none.
         notices: settings that were read and do nothing in this version, one sentence each.
         environ: where the keys are looked up.
+        tiers: the models of ``simple``, ``medium`` and ``hard`` work, as far as they are set.
     """
 
     model: str | None
@@ -201,6 +202,7 @@ class Config:
     file: Path | None
     notices: tuple[str, ...]
     environ: Mapping[str, str]
+    tiers: Mapping[str, str]
     _aliases: tuple[str, ...]
     _routes: Routes
     _sources: tuple[_Source, ...]
@@ -252,6 +254,8 @@ class Config:
             routes.check(name, ("models", name))
         if "model" in tree:
             routes.check(tree["model"], ("model",))
+        for tier, names in tree.get("tiers", {}).items():
+            routes.check(names, ("tiers", tier))
         for name in tree.get("budget", {}).get("model", {}):
             if name != "*":
                 routes.check_endpoint(name, ("budget", "model", name))
@@ -271,6 +275,7 @@ class Config:
             file=next((source.file for source in sources if source.file), None),
             notices=(*_without_effect(tree), *(note for source in sources for note in source.notes)),
             environ=environ,
+            tiers=MappingProxyType(tree.get("tiers", {})),
             _aliases=tuple(models),
             _routes=routes,
             _sources=sources,
@@ -283,6 +288,23 @@ class Config:
             ConfigError: where it leads nowhere, naming the nearest that does.
         """
         return self._routes.links(model)
+
+    def tier(self, name: str) -> str:
+        """The model that is set for work of this kind.
+
+        Raises:
+            ConfigError: none is, with the two lines that would set it.
+        """
+        model = self.tiers.get(name)
+        if model is None:
+            known = f"; [tiers] sets {', '.join(self.tiers)}" if self.tiers else ""
+            file = FILE if self.file is None else self.file.name
+            table = "tool.llmkit.tiers" if file == PROJECT else "tiers"
+            lines = (
+                f'these lines in {file} set it, once llmkit is loaded again:\n  [{table}]\n  {name} = "provider:model"'
+            )
+            raise ConfigError(f"the tier {name} is not set{known}", next_step=lines)
+        return model
 
     def aliases(self) -> dict[str, tuple[Link, ...]]:
         """Every alias of ``[models]`` with its links."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
-from llmkit.call import CACHE_MODES, Params, Timeouts
+from llmkit.call import CACHE_MODES, TIERS, Params, Timeouts
 from llmkit.config import PRESETS
 from llmkit.errors import ConfigError
 
@@ -37,6 +37,8 @@ class Options:
         extra: further fields of the request body, passed on as they are.
         cache: ``"use"`` (default), ``"refresh"`` (ask anew, and store), ``"off"``, ``"only"`` (never ask).
         repeat: 0 and up: which sample of the answer; each number has an answer of its own in the cache.
+        template: the text that the prompt was made from, the same for a whole loop: the ledger keeps a digest of it, and
+            a plan expects of its next prompt what the last ones came to.
         request_id: a unique id of your own, instead of a generated one.
         on_event: hears what happens to this call (`llmkit.events`), on the event loop's thread.
     """
@@ -56,6 +58,7 @@ class Options:
     extra: Mapping[str, Any] | None = None
     cache: str | None = None
     repeat: int | None = None
+    template: str | None = None
     request_id: str | None = None
     on_event: Callable[[Event], object] | None = None
 
@@ -79,9 +82,11 @@ class Options:
 
     def _check(self) -> None:
         _text("model", self.model)
+        self._check_tier()
         _text("system", self.system)
         _text("user", self.user)
         _text("request_id", self.request_id)
+        _text("template", self.template)
         _number("temperature", self.temperature, 0, 2)
         _number("top_p", self.top_p, 0, 1)
         _whole("max_tokens", self.max_tokens, 1)
@@ -101,6 +106,15 @@ class Options:
             raise ConfigError("on_event is something that can be called with an event")
         _ = self.max_cost_usd  # reading it checks it
         self.timeouts(Timeouts())
+
+    def _check_tier(self) -> None:
+        if self.tier is None:
+            return
+        if self.tier not in TIERS:
+            raise ConfigError(f"tier is one of {', '.join(TIERS)}, not {self.tier!r:.60}")
+        if self.model is not None:
+            message = f"a call has a model or a tier, not both: {self.model!r:.60} and {self.tier!r}"
+            raise ConfigError(message, next_step="leave one of them out; [tiers] says which model a tier is")
 
     @property
     def are_given(self) -> bool:

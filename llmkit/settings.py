@@ -10,6 +10,7 @@ import re
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
+from llmkit.call import TIERS
 from llmkit.providers.catalog import QUIRKS, base_url_from
 
 if TYPE_CHECKING:
@@ -281,6 +282,7 @@ SETTINGS: dict[str, Any] = {
             "quirks": Rule("names", choices=tuple(sorted(QUIRKS))),
         }
     },
+    "tiers": dict.fromkeys(TIERS, _MODEL),
     "budget": {
         "request": _CAP,
         **_WINDOWED,

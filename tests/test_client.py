@@ -75,6 +75,21 @@ def test_a_reply_says_everything_whatever_the_wire_format(client, model: str) ->
     assert row["cost_usd"] == pytest.approx(8e-6)
 
 
+def test_a_tier_chooses_the_model_of_one_call(tmp_path, simulator) -> None:
+    with llmkit.Client(transport=simulator, **settings(tmp_path, tiers={"simple": "other", "hard": "chain"})) as client:
+        assert client.complete("a question", tier="simple").model.startswith("m-2")
+        assert client.complete("a question", tier="hard").model.startswith("m-1")
+        with client.stream("a question") as reply:
+            assert "".join(chunk.text for chunk in reply) == "one two three"
+        assert reply.model.startswith("m-1")
+        sent = simulator.calls
+        with pytest.raises(llmkit.ConfigError, match="the tier medium is not set; \\[tiers\\] sets simple, hard"):
+            client.complete("a question", tier="medium")
+        with pytest.raises(llmkit.ConfigError, match="not both"):
+            client.complete("a question", tier="simple", model="m")
+        assert (simulator.calls, len(client.calls())) == (sent, 3)
+
+
 @pytest.mark.parametrize("model", ["m", "claude"])
 def test_a_stream_is_read_as_it_arrives(client, model: str) -> None:
     with client.stream("a question", model=model) as reply:

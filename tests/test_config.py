@@ -751,3 +751,33 @@ def test_a_wrong_setting_shows_no_variable_of_the_environment(monkeypatch, make,
         if "tests" not in frame.f_code.co_filename
     ]
     assert secret not in repr(inside)
+
+
+# -- tiers -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tier_is_an_alias_or_a_model(folder) -> None:
+    config = load(folder, '[tiers]\nsimple = "here"\nhard = "openai:gpt-5"\n[models.here]\nmodel = "ollama:tiny"\n')
+    assert (config.tier("simple"), config.tier("hard")) == ("here", "openai:gpt-5")
+    assert dict(config.with_(tiers={"simple": "simulator"}).tiers) == {"simple": "simulator", "hard": "openai:gpt-5"}
+    assert load(folder, environ={"LLMKIT_TIERS_MEDIUM": "simulator"}).tier("medium") == "simulator"
+
+
+def test_a_tier_that_leads_nowhere_is_named_with_its_line(folder) -> None:
+    error = refused(folder, '[models.smart]\nmodel = "openai:gpt-5"\n[tiers]\nsimple = "simulator"\nhard = "smrat"\n')
+    assert error.line == 5
+    assert "there is no alias or provider for 'smrat'; did you mean smart?" in error.message
+    assert "[tiers] has no 'hrad'; did you mean hard?" in refused(folder, '[tiers]\nhrad = "simulator"\n').message
+    assert "tiers.hard must be" in refused(folder, "[tiers]\nhard = 3\n").message
+
+
+def test_a_tier_that_is_not_set_shows_the_lines_that_set_it(folder) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(folder, '[tiers]\nmedium = "simulator"\n').tier("simple")
+    assert caught.value.message == "the tier simple is not set; [tiers] sets medium"
+    assert "llmkit.toml" in caught.value.next_step
+    assert caught.value.next_step.endswith('\n  [tiers]\n  simple = "provider:model"')
+    (folder / "llmkit.toml").unlink()
+    with pytest.raises(ConfigError) as caught:
+        load(folder, "[tool.llmkit]\nmodel = 'simulator'\n", name="pyproject.toml").tier("hard")
+    assert "\n  [tool.llmkit.tiers]\n  hard = " in caught.value.next_step

@@ -75,3 +75,15 @@ def test_nothing_given_is_nothing_set() -> None:
     assert options.max_cost_usd is None
     assert options.timeouts(Timeouts(total=9)).total == 9
     assert options.params().extra == {}
+
+
+@pytest.mark.parametrize("tier", ["easy", "", 3, "auto"])
+def test_a_tier_is_one_of_three(tier: object) -> None:
+    with pytest.raises(ConfigError, match="tier is one of simple, medium, hard, not "):
+        Options.of({"tier": tier})
+
+
+def test_a_call_has_a_model_or_a_tier() -> None:
+    with pytest.raises(ConfigError, match="a model or a tier, not both: 'gpt-5' and 'hard'"):
+        Options.of({"tier": "hard", "model": "gpt-5"})
+    assert Options.of({"tier": "hard"}).tier == "hard"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from IPython.core.magic_arguments import MagicArgumentParser
 
-from llmkit.call import CACHE_MODES
+from llmkit.call import CACHE_MODES, TIERS
 from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "CellLine", "documented", "parse"]
 
 FORMATS = ("markdown", "text", "json", "code", "html")
-TIERS = ("simple", "medium", "hard")
 MOST_REPEATS = 100
 HELP = "%%llm? shows every option with an example"
 

@@ -114,7 +114,7 @@ def _lines(forms: Sequence[tuple[str, str]]) -> str:
 def _status(magics: LLMMagics, words: list[str]) -> None:
     _no_more(words, "%llm")
     session = magics.session
-    chosen = f"{magics.model} (chosen here)" if magics.model else str(session.default)
+    chosen = f"{magics.model} (chosen here)" if magics.model else magics.of_tier or str(session.default)
     lines = [("model", chosen), ("request", budgets.of_request(session.budget, magics.max_cost))]
     lines += [("budget", line) for line in budgets.in_brief(_budgets(magics), session.budget)]
     lines += [("spent", _spent(magics)), ("cache", _cached(magics))]
@@ -215,10 +215,12 @@ def _bytes(size: int) -> str:
 def _models(magics: LLMMagics, words: list[str]) -> None:
     _no_more(words, "%llm models")
     config = magics.session.config
-    lines = [f"in use: {magics.model or magics.session.default}"]
+    lines = [f"in use: {magics.model or magics.of_tier or magics.session.default}"]
     if aliases := config.aliases():
         lines += ["", "aliases"]
         lines += [f"  {name}: {' → '.join(link.endpoint.name for link in links)}" for name, links in aliases.items()]
+    if config.tiers:
+        lines += ["", "tiers", *(f"  {tier}: {model}" for tier, model in config.tiers.items())]
     lines += ["", "providers (a model is PROVIDER:MODEL)"]
     keyless = []
     for entry in config.providers.values():

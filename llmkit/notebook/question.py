@@ -47,7 +47,9 @@ class Question:
         """
         from llmkit.options import Options
 
-        options = dict(settings) | said.options
+        instead = {"model": "tier", "tier": "model"}  # each names the model, so what the cell says replaces both
+        replaced = {instead[name] for name in instead if name in said.options}
+        options = {name: value for name, value in settings.items() if name not in replaced} | said.options
         template = cell.strip("\n").rstrip()
         prompt = template
         if not said.raw:

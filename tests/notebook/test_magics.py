@@ -423,3 +423,52 @@ def test_the_help_of_the_cell_is_there(shell) -> None:
     shown = run(shell, "print(get_ipython().find_cell_magic('llm').__doc__)").stdout
     assert "--max-cost" in shown
     assert "%%llm answer <<" in shown
+
+
+# -- tiers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiered(bare, folder, server):
+    (folder / "llmkit.toml").write_text(
+        server.settings() + '[tiers]\nsimple = "simulator"\nhard = "tiny"\n', encoding="utf-8"
+    )
+    run(bare, "%load_ext llmkit")
+    return bare
+
+
+def test_a_tier_chooses_the_model_of_a_cell(tiered, server) -> None:
+    run(tiered, "%%llm a << --tier simple\nhi")
+    run(tiered, "%%llm b << --tier hard\nhi")
+    assert (tiered.user_ns["a"].provider, tiered.user_ns["b"].provider) == ("simulator", "vllm")
+    error = run(tiered, "%%llm --tier medium\nhi").error
+    assert "the tier medium is not set" in str(error)
+    assert 'medium = "provider:model"' in error.block()
+    assert "not both" in str(run(tiered, "%%llm --tier hard -m tiny\nhi").error)
+    assert "invalid choice: 'auto'" in str(run(tiered, "%%llm --tier auto\nhi").error)
+    assert len(server.requests) == 1
+
+
+def test_of_a_model_and_a_tier_for_all_cells_the_last_one_set_holds(tiered, server) -> None:
+    magics = LLMMagics.of(tiered)
+    run(tiered, '%config LLMMagics.tier = "simple"')
+    assert run(tiered, "%%llm\nhi").error is None
+    assert server.requests == []
+    assert "simulator (tier simple)" in run(tiered, "%llm").stdout
+    assert "tiers\n  simple: simulator\n  hard: tiny\n" in run(tiered, "%llm models").stdout
+    run(tiered, "%%llm -m tiny\nhi")  # a cell says either over it
+    run(tiered, "%%llm --tier hard\nhi --")
+    assert len(server.requests) == 2
+    run(tiered, "%llm use tiny")
+    assert (magics.model, magics.tier) == ("tiny", "")
+    run(tiered, "%%llm --tier simple\nhi")
+    assert len(server.requests) == 2
+    run(tiered, '%config LLMMagics.tier = "hard"')
+    assert (magics.model, magics.tier) == ("", "hard")
+
+
+def test_a_tier_that_is_not_set_is_said_when_it_is_chosen_and_nothing_is_sent(tiered, server, caplog) -> None:
+    run(tiered, '%config LLMMagics.tier = "medium"')
+    assert "the tier medium is not set" in caplog.text  # where %config says what it refuses
+    assert "the tier medium is not set" in str(run(tiered, "%%llm\nhi").error)
+    assert server.requests == []
