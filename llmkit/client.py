@@ -238,6 +238,82 @@ class AsyncClient:
             self._model = self.config.default_model().model
         return self._model
 
+    async def compare(
+        self,
+        prompt: str | Message | Sequence[Message | Mapping[str, Any]] | None = None,
+        *,
+        models: str | Sequence[str] | None = None,
+        temperatures: Sequence[float] | None = None,
+        prompts: str | Sequence[str] | Mapping[str, Any] | None = None,
+        repeat: int = 1,
+        concurrency: int = 8,
+        **options: Any,
+    ) -> pd.DataFrame:
+        """Ask over a grid of models, temperatures and prompts at once; a DataFrame of one row an answer.
+
+        Args:
+            prompt: as in `complete`; with ``prompts``, what follows each of them.
+            models: a list, or a text with commas between. A chain is one text of a list, or an alias.
+            prompts: names of kept prompts (`prompts`), ``"summary"`` or ``"summary@2"``; or a dict of name and prompt.
+            repeat: so many samples of each, each with an answer of its own in the cache.
+            concurrency: how many are asked for at the same time, 1 to 256.
+            options: as in `complete`, for every call: ``max_cost`` is what each of them may cost.
+
+        An answer that fails, or that a budget refuses, is a row with its error. The columns are
+        `llmkit.comparison.COLUMNS`. Each call is tagged ``prompt=NAME`` where its prompt has a name. Cancelled (or
+        interrupted), it closes all connections and settles; the exception then has the rows so far in ``partial``.
+
+        Raises:
+            ConfigError: an impossible grid or option, or an unknown model or prompt; then nothing is sent.
+            StoreError: kept prompts cannot be read.
+        """
+        from llmkit.comparison import versions_of
+
+        comparison = await self._comparison(
+            versions_of(prompt, prompts, self.prompts), models, temperatures, repeat, concurrency, options
+        )
+        try:
+            await comparison.run(self)
+        except asyncio.CancelledError as cancelled:
+            cancelled.partial = comparison.frame()  # type: ignore[attr-defined]
+            raise
+        return comparison.frame()
+
+    async def _comparison(
+        self,
+        versions: Sequence[Version],
+        models: str | Sequence[str] | None,
+        temperatures: Sequence[float] | None,
+        repeat: int,
+        concurrency: int,
+        options: dict[str, Any],
+    ) -> Comparison:
+        """The grid, checked; see `compare`."""
+        from llmkit.comparison import Comparison, as_models
+
+        wanted = as_models(models)
+        if wanted == [None] and options.get("model") is None and options.get("tier") is None:
+            wanted = [await asyncio.to_thread(self.default_model)]
+        comparison = Comparison(
+            versions,
+            models=wanted,
+            temperatures=[None] if temperatures is None else list(temperatures),
+            repeat=repeat,
+            options=options,
+            new_id=functools.partial(new_request_id, self.clock),
+            at_once=concurrency,
+        )
+        for model in {trial.options["model"] for trial in comparison.trials if trial.options.get("model")}:
+            self.config.route(model)
+        return comparison
+
+    @functools.cached_property
+    def prompts(self) -> Prompts:
+        """The prompts that are kept in this project, under their names; see `llmkit.prompts.Prompts`."""
+        from llmkit.prompts import Prompts, project_of
+
+        return Prompts(self.config, self.clock, project_of(self.config))
+
     # -- looking -----------------------------------------------------------------------------------------------------
 
     def calls(self, limit: int | None = None) -> pd.DataFrame:

@@ -13,13 +13,14 @@ import os
 import threading
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
     from llmkit.reply import Chunk, Reply
 
-__all__ = ["Portal", "shared"]
+__all__ = ["Portal", "leave", "others", "shared"]
 
 T = TypeVar("T")
 
@@ -39,6 +40,11 @@ class Portal:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the loop's own thread."""
+        return threading.current_thread() is self._thread
+
     def start(self, work: Coroutine[Any, Any, T]) -> Job[T]:
         """Run ``work`` on the loop; from any thread but the loop's own."""
         job = self._job(work)
@@ -46,12 +52,15 @@ class Portal:
         return job
 
     def _job(self, work: Coroutine[Any, Any, T]) -> Job[T]:
-        if threading.current_thread() is self._thread:
+        if self.is_here:
             work.close()
             raise RuntimeError("a sync llmkit.Client was used on llmkit's own event loop; use AsyncClient there")
         if self._process != os.getpid():  # its thread has not come along: waiting for it would be for ever
             work.close()
             raise RuntimeError("this reply belongs to the process that asked for it")
+        if self.loop.is_closed():
+            work.close()
+            raise RuntimeError("llmkit's event loop has been closed")
         return Job(self.loop, work)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -86,6 +95,11 @@ class Portal:
             job.result()
         finally:
             job.cancel()
+
+    def settle(self) -> None:
+        """Cancel what runs on the loop, and wait (bounded) until it has settled."""
+        with contextlib.suppress(TimeoutError):
+            self.start(_cancelled()).result(SETTLE_S)
 
     def close(self) -> None:
         """Stop the loop; what still runs on it is cancelled first, and its connections are closed. Takes bounded time."""
@@ -127,7 +141,10 @@ class Job(Generic[T]):
 
     def cancel(self) -> None:
         """Cancel it, unless it has ended, and wait (bounded) until it has settled."""
-        self._loop.call_soon_threadsafe(self._cancel)
+        try:
+            self._loop.call_soon_threadsafe(self._cancel)
+        except RuntimeError:  # the loop has been closed, and what ran on it was cancelled before
+            return
         try:
             self._done.get(timeout=SETTLE_S)
         except Empty:
@@ -142,25 +159,53 @@ class Job(Generic[T]):
             self._done.put(None)
 
 
-async def _ended() -> None:
+async def _cancelled() -> None:
     tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.get_running_loop().shutdown_asyncgens()  # the transport closes its connections there
+
+
+async def _ended() -> None:
+    await _cancelled()
+    loop = asyncio.get_running_loop()
+    await loop.shutdown_asyncgens()  # the transport closes its connections there
+    await loop.shutdown_default_executor()
 
 
 _shared: tuple[int, Portal] | None = None
+_users: WeakSet[Any] = WeakSet()
 _lock = threading.Lock()
 
 
-def shared() -> Portal:
-    """The process's one portal. A forked child gets its own: threads do not survive a fork."""
+def shared(user: Any = None) -> Portal:
+    """The process's one portal. A forked child gets its own: threads do not survive a fork.
+
+    It runs on while there is a ``user`` who has not said `leave`: a client, a session, a reply that still arrives.
+    """
     global _shared  # noqa: PLW0603  one loop a process is the point
     with _lock:
         if _shared is None or _shared[0] != os.getpid() or _shared[1].loop.is_closed():
             _shared = (os.getpid(), Portal())
+        if user is not None:
+            _users.add(user)
         return _shared[1]
+
+
+def others(user: Any) -> bool:
+    """Whether anybody but ``user`` uses the portal. A reply does until it has ended."""
+    return any(each is not user and getattr(each, "outcome", None) is None for each in list(_users))
+
+
+def leave(user: Any) -> None:
+    """``user`` needs the portal no longer. With the last one goes its thread; a later use starts another."""
+    global _shared  # noqa: PLW0603  as above
+    with _lock:
+        _users.discard(user)
+        if _shared is None or _shared[0] != os.getpid() or others(user) or _shared[1].is_here:
+            return
+        (_, left), _shared = _shared, None
+    left.close()
 
 
 @atexit.register
@@ -170,10 +215,10 @@ def _close_shared() -> None:
         _shared[1].close()
 
 
-def _unlock() -> None:
-    global _lock  # noqa: PLW0603  another thread may have held it, and is not in the forked child
-    _lock = threading.Lock()
+def _in_child() -> None:
+    global _lock, _users  # noqa: PLW0603  another thread may have held it, and is not in the forked child
+    _lock, _users = threading.Lock(), WeakSet()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock)
+    os.register_at_fork(after_in_child=_in_child)

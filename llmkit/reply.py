@@ -529,11 +529,20 @@ class Reply:
         return self._portal
 
     def __iter__(self) -> Iterator[Chunk]:
-        return self._bridge().iterate(self)
+        bridge = self._bridge()
+        return bridge.iterate(self) if self.outcome is None else self._again()
+
+    def _again(self) -> Iterator[Chunk]:
+        """What an ended reply holds, which needs no loop: that of its client may be gone."""
+        yield from self._chunks
+        if self.outcome is not None and self.outcome.status == "failed" and self.outcome.error is not None:
+            raise self.outcome.error
 
     def close(self) -> None:
         """`aclose`, from a thread that has no event loop."""
-        self._bridge().run(self.aclose())
+        bridge = self._bridge()
+        if self.outcome is None:
+            bridge.run(self.aclose())
 
     def __enter__(self) -> Self:
         self._bridge()

@@ -171,12 +171,14 @@ import llmkit
 warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads, which is the point
 client = llmkit.Client(config=llmkit.Config.of(model="simulator"))
 reply = client.complete("hello")
+arriving = client.stream("hello again, " * 50)
 child = os.fork()
 if child == 0:
     try:
         assert client.complete("hello").text == reply.text
+        reply.close()  # it has ended: there is nothing to close
         try:
-            reply.close()
+            arriving.close()
         except RuntimeError as error:
             assert "process" in str(error)
         else:

@@ -78,10 +78,17 @@ class Session:
         """The loop that the client's calls run on."""
         from llmkit import portal
 
-        return portal.shared()
+        return portal.shared(self)
 
     def close(self) -> None:
-        """Close the client; replies still arriving are aborted and settled."""
+        """Close the client; what is still arriving is aborted and settled. The loop ends where nobody else uses it."""
         client, self._client = self._client, None
-        if client is not None:
-            self.portal.run(client.aclose())
+        if client is None:
+            return
+        from llmkit import portal
+
+        bridge = self.portal
+        if not portal.others(self):
+            bridge.settle()  # before the ledger is closed: a cell may run in another thread
+        bridge.run(client.aclose())
+        portal.leave(self)
