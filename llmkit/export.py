@@ -37,6 +37,7 @@ CALL = {
     "user": _TEXT,
     "tags": _TAGS,
     "model": _TEXT,
+    "template": _TEXT,
     "response_model": _TEXT,
     "provider": _TEXT,
     "status": _TEXT,

@@ -803,6 +803,19 @@ class Ledger:
         stores = (self._readable_disk(), self._written())
         return [row for store in stores if store is not None for row in store.spend(**asked)]
 
+    def outputs(self, endpoint: str, template: str | None = None, *, limit: int = 100) -> list[int]:
+        """Output tokens of the newest whole answers of ``endpoint`` (``provider:model``), newest first.
+
+        None of them from a cache. ``template``: only of prompts that were made from it, by `llmkit.call.digest_of`.
+        Blocks for the time of a query.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        stores = [store for store in (self._readable_disk(), self._written()) if store is not None]
+        found = [each for store in stores for each in store.outputs(endpoint, template, limit)]
+        return [tokens for _, tokens in sorted(found, reverse=True)[:limit]]
+
     def pages(self, size: int = 1000) -> Iterator[list[tuple[Row, list[Row]]]]:
         """Every call with its attempts, oldest first, ``size`` at a time; those that begin meanwhile are left out.
 

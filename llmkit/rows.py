@@ -72,7 +72,7 @@ COLUMNS = {
 
 def call_began(call: Call, owner: str) -> CallBegun:
     """A call came in; ``owner`` is the process that makes it."""
-    return CallBegun(call.request_id, call.started_at, call.user, _tags(call), call.model, owner)
+    return CallBegun(call.request_id, call.started_at, call.user, _tags(call), call.model, owner, call.template)
 
 
 def attempt_began(call: Call, number: int, endpoint: Endpoint, started_at: float) -> AttemptBegun:
@@ -157,6 +157,7 @@ def call_served(call: Call, reply: Reply, owner: str) -> CallServed:
         reply.latency_s,
         reply.time_to_first_token_s,
         reply.finish_reason,
+        call.template,
     )
 
 

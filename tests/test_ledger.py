@@ -114,6 +114,7 @@ def test_a_call_that_went_well(ledger):
         "user": "ana",
         "tags": {"app": "docs"},
         "model": "smart",
+        "template": None,
         "status": "complete",
         "response_model": "gpt-5-mini-2026-08-07",
         "provider": "openai",

@@ -354,6 +354,20 @@ class MemoryStore:
             rows = [dict(row) for row in self._attempts.get(fitting_text(request_id), {}).values()]
         return sorted(rows, key=lambda row: row["number"])
 
+    def outputs(self, endpoint: str, template: str | None, limit: int) -> list[tuple[float, int]]:
+        with self._lock:
+            rows = [
+                (row["started"], row["output_tokens"])
+                for name, row in self._calls.items()
+                if row["status"] == "complete"
+                and row["attempts"]
+                and row["output_tokens"] is not None
+                and row["source"] != "degraded"
+                and (template is None or row["template"] == fitting_text(template))
+                and self._counted_as.get(name) == fitting_text(endpoint)
+            ]
+        return sorted(rows, reverse=True)[:limit]
+
     def page(self, after: tuple[float, str] | None, limit: int) -> list[tuple[Row, list[Row]]]:
         calls = [row for row in self.calls() if after is None or (row["started"], row["request_id"]) > after]
         return [(row, self.attempts(row["request_id"])) for row in calls[:limit]]

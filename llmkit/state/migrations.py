@@ -238,4 +238,13 @@ _CIRCUITS = (
     "CREATE TABLE probes (endpoint TEXT NOT NULL, owner TEXT NOT NULL, until REAL NOT NULL)",
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_LEDGER, (*_SPEND, *_ACCOUNTS, *_CIRCUITS))
+# Answers of a model, and of a template, newest first: a plan expects what they came to. Only whole answers that were
+# asked for are in them, so a call is put there once, when it ends; one from the cache never is.
+_ASKED = "status = 'complete' AND attempts > 0"
+_TEMPLATES = (
+    "ALTER TABLE calls ADD COLUMN template TEXT",
+    f"CREATE INDEX calls_of_template ON calls (template, endpoint, started) WHERE template IS NOT NULL AND {_ASKED}",
+    f"CREATE INDEX calls_of_endpoint ON calls (endpoint, started) WHERE {_ASKED}",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_LEDGER, (*_SPEND, *_ACCOUNTS, *_CIRCUITS), _TEMPLATES)

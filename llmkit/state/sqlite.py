@@ -101,6 +101,11 @@ _LOSE_CALLS = f"""
                       FROM attempts WHERE attempts.request_id = calls.request_id)
     WHERE status = 'in_flight' AND owner = ?
 """  # noqa: S608
+# The words of the two indexes' own conditions, so that SQLite takes them.
+_OUTPUTS = (
+    "SELECT started, output_tokens FROM calls WHERE status = 'complete' AND attempts > 0 AND endpoint = ? {} "
+    "AND output_tokens IS NOT NULL AND source IS NOT 'degraded' ORDER BY started DESC LIMIT ?"
+)
 _HOLDING = f"SELECT owner, min(expires) FROM holds WHERE state = '{HELD}' GROUP BY owner"  # noqa: S608
 _STALE = "SELECT 1 FROM accounts WHERE resets_at < ? AND held_nanos = 0 AND held_tokens = 0 LIMIT 1"
 
@@ -189,6 +194,13 @@ class SQLiteStore:
         return [
             dict(zip(ATTEMPT_COLUMNS, row, strict=True)) for row in self.database.read(sql, [fitting_text(request_id)])
         ]
+
+    def outputs(self, endpoint: str, template: str | None, limit: int) -> list[tuple[float, int]]:
+        if template is None:
+            given: list[Any] = [fitting_text(endpoint), limit]
+            return self.database.read(_OUTPUTS.format(""), given)
+        given = [fitting_text(endpoint), fitting_text(template), limit]
+        return self.database.read(_OUTPUTS.format("AND template IS NOT NULL AND template = ?"), given)
 
     def page(self, after: tuple[float, str] | None, limit: int) -> list[tuple[Row, list[Row]]]:
         begin = (-math.inf, "") if after is None else (after[0], fitting_text(after[1]))

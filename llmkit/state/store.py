@@ -56,7 +56,10 @@ LOST_MESSAGE = "its process ended before the call did; what was sent may be bill
 
 
 class CallBegun(NamedTuple):
-    """A call came in. ``started`` is in epoch seconds, ``tags`` a JSON object, ``model`` as it was asked for."""
+    """A call came in. ``started`` is in epoch seconds, ``tags`` a JSON object, ``model`` as it was asked for.
+
+    ``template``: a digest of the text that its prompt was made from (`llmkit.call.digest_of`); None where none was named.
+    """
 
     request_id: str
     started: float
@@ -64,6 +67,7 @@ class CallBegun(NamedTuple):
     tags: str
     model: str
     owner: str
+    template: str | None = None
 
 
 class AttemptBegun(NamedTuple):
@@ -151,6 +155,7 @@ class CallServed(NamedTuple):
     latency_s: float | None
     time_to_first_token_s: float | None
     finish_reason: str | None
+    template: str | None = None
 
 
 SERVED = {
@@ -245,6 +250,16 @@ class Store(Protocol):
 
     def attempts(self, request_id: str) -> list[dict[str, Any]]:
         """The attempts of one call in their order, as `ATTEMPT_COLUMNS`.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+
+    def outputs(self, endpoint: str, template: str | None, limit: int) -> list[tuple[float, int]]:
+        """When the newest ``limit`` answers of ``endpoint`` were asked for (epoch seconds), and their output tokens.
+
+        Of whole answers that somebody was asked for: none from a cache. ``template``: only those of prompts that were
+        made from it, by its digest. Newest first; as quick among a million calls as among a few.
 
         Raises:
             StoreError: it cannot be read.

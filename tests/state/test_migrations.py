@@ -7,9 +7,17 @@ import sqlite3
 import pytest
 
 from llmkit.account import Account, Hold
-from llmkit.state.migrations import APPLICATION_ID, MIGRATIONS
+from llmkit.state.migrations import APPLICATION_ID, LAST_ENDPOINT, MIGRATIONS
 from llmkit.state.sqlite import SQLiteStore
-from llmkit.state.store import ATTEMPT_COLUMNS, CALL_COLUMNS, SPEND_SUMS, AttemptEnded, CallEnded
+from llmkit.state.store import (
+    ATTEMPT_COLUMNS,
+    CALL_COLUMNS,
+    SPEND_SUMS,
+    AttemptBegun,
+    AttemptEnded,
+    CallBegun,
+    CallEnded,
+)
 
 # What a file of the first schema held: the names of the columns at that time, and rows of every kind.
 CALLS = (
@@ -81,7 +89,10 @@ SUMS = {
 
 
 def made(path, version):
-    """A file as an llmkit of that schema left it; the rows are written by hand, with the columns of that time."""
+    """A file as an llmkit of that schema left it; the rows are written by hand, with the columns of that time.
+
+    From the second schema on, triggers sum what ends, and a call that ends is given the endpoint it came to last.
+    """
     raw = sqlite3.connect(path, isolation_level=None)
     raw.execute("PRAGMA journal_mode = WAL")
     for step in MIGRATIONS[:version]:
@@ -90,7 +101,13 @@ def made(path, version):
     if version:
         for table, columns in (("calls", CALLS), ("attempts", ATTEMPTS)):
             places = ", ".join("?" * len(columns.split(",")))
-            raw.executemany(f"INSERT INTO {table} ({columns}) VALUES ({places})", FIRST[table])
+            rows = FIRST[table]
+            if version >= 2 and table == "calls":
+                rows = [(*row[:6], "in_flight", *row[7:]) for row in rows]
+            raw.executemany(f"INSERT INTO {table} ({columns}) VALUES ({places})", rows)
+        if version >= 2:
+            end = f"UPDATE calls SET status = ?, endpoint = ({LAST_ENDPOINT}) WHERE request_id = ?"
+            raw.executemany(end, [(row[6], row[0]) for row in FIRST["calls"] if row[6] != "in_flight"])
     raw.execute(f"PRAGMA user_version = {version}")
     raw.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     before = {table: raw.execute(f"SELECT * FROM {table}").fetchall() for table in FIRST} if version else {}
@@ -128,7 +145,7 @@ def test_every_row_is_kept_as_it_was(migrated):
     calls = {row["request_id"]: row for row in migrated.calls()}
     assert tuple(calls["a"]) == CALL_COLUMNS
     assert tuple(migrated.attempts("a")[1]) == ATTEMPT_COLUMNS
-    assert calls["a"]["saved_nanos"] is None
+    assert calls["a"]["saved_nanos"] is calls["a"]["template"] is None
     assert (migrated.attempts("a")[1]["price"], migrated.attempts("a")[1]["price_date"]) == (None, None)
 
 
@@ -171,3 +188,21 @@ def test_a_file_that_cannot_be_migrated_stays_as_it_was(tmp_path, monkeypatch):
     assert raw.execute("SELECT count(*) FROM sqlite_master WHERE name = 'spend'").fetchone() == (0,)
     assert raw.execute("SELECT count(*) FROM calls").fetchone() == (len(FIRST["calls"]),)
     raw.close()
+
+
+def test_what_was_answered_before_tells_what_to_expect_of_the_model(migrated):
+    """No call of an earlier schema has a template; the first schema did not keep its endpoint, either."""
+    knew = {row["request_id"] for row in migrated.calls() if row["status"] == "complete" and row["output_tokens"]}
+    found = migrated.outputs("openai:m", None, 10)
+    assert knew == {"a", "b", "f"}
+    assert found in ([(4001.0, HUGE), (901.5, 1)], [])
+    assert migrated.outputs("openai:m", "t", 10) == []
+    begun = CallBegun("z", 5000.0, None, "{}", "openai:m", "o", "t")
+    attempt = AttemptBegun("z", 1, 5000.0, "openai", "m", None)
+    ended = CallEnded(
+        "complete", "m", "openai", "provider", 1, 0, 0, 9, *[None] * 5, 1.0, 1, 0, "stop", None, None, "z"
+    )
+    migrated.commit([begun, attempt])
+    migrated.commit([ended])
+    assert migrated.outputs("openai:m", "t", 10) == [(5000.0, 9)]
+    assert migrated.outputs("openai:m", None, 1) == [(5000.0, 9)]

@@ -474,3 +474,17 @@ def test_a_forked_child_writes_beside_its_parent(path):
     raw = sqlite3.connect(path)
     assert raw.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     raw.close()
+
+
+@pytest.mark.parametrize(("template", "index"), [("t", "calls_of_template"), (None, "calls_of_endpoint")])
+def test_what_to_expect_is_looked_up_in_an_index_and_not_sorted(tmp_path, monkeypatch, template, index):
+    store = SQLiteStore(tmp_path / "ledger.sqlite3")
+    asked = []
+    read = store.database.read
+    monkeypatch.setattr(store.database, "read", lambda sql, given=(): asked.append((sql, given)) or read(sql, given))
+    store.outputs("openai:m", template, 10)
+    ((sql, given),) = asked
+    steps = [row[3] for row in read(f"EXPLAIN QUERY PLAN {sql}", given)]
+    store.close()
+    assert len(steps) == 1
+    assert index in steps[0]

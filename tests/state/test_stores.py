@@ -16,6 +16,7 @@ from llmkit.state.store import (
     AttemptEnded,
     CallBegun,
     CallEnded,
+    CallServed,
     DuplicateCall,
 )
 
@@ -301,3 +302,44 @@ def test_with_redis_the_rows_stay_on_this_machine():
     opened = open_store("redis://user:secret@host")
     assert opened.location == open_store("sqlite").location
     opened.close()
+
+
+# -- what answers came to before -----------------------------------------------------------------------------------------
+
+
+def answered(
+    store, request_id, started, output, *, template=None, status="complete", model="gpt-5-mini", source="provider"
+):
+    begun = call_begun(request_id, started)._replace(template=template)
+    attempt = attempt_begun(request_id, started=started)._replace(model=model)
+    ended = call_ended(request_id, status)._replace(output_tokens=output, source=source)
+    commit(store, begun, attempt)
+    commit(store, attempt_ended(request_id, status=status), ended)
+
+
+def test_the_newest_answers_tell_what_to_expect(store):
+    for number in range(5):
+        answered(store, f"a{number}", 1000.0 + number, 10 + number, template="t")
+    answered(store, "b", 1100.0, 99)
+    answered(store, "c", 1200.0, 500, template="t", model="gpt-5")
+    assert store.outputs("openai:gpt-5-mini", "t", 3) == [(1004.0, 14), (1003.0, 13), (1002.0, 12)]
+    assert store.outputs("openai:gpt-5-mini", None, 2) == [(1100.0, 99), (1004.0, 14)]
+    assert store.outputs("openai:gpt-5", "t", 9) == [(1200.0, 500)]
+    assert store.outputs("openai:gpt-5", "another", 9) == store.outputs("openai:no", None, 9) == []
+
+
+def test_only_whole_answers_that_were_asked_for_are_expected_again(store):
+    answered(store, "failed", 1000.0, 7, template="t", status="failed")
+    answered(store, "degraded", 1001.0, 7, template="t", source="degraded")
+    answered(store, "uncounted", 1002.0, None, template="t")
+    served = CallServed(
+        "hit", 1003.0, None, "{}", "m", OWNER, "gpt-5-mini", "openai", "cache", 5, 0.1, 0.1, "stop", "t"
+    )
+    commit(store, served, call_begun("flying")._replace(template="t"), attempt_begun("flying"))
+    assert store.outputs("openai:gpt-5-mini", "t", 9) == store.outputs("openai:gpt-5-mini", None, 9) == []
+    assert {call["template"] for call in store.calls()} == {"t"}
+
+
+def test_a_name_no_store_could_hold_finds_what_was_stored_under_it(store):
+    answered(store, "a", 1000.0, 3, template="t\udc80", model="m\udc80")
+    assert store.outputs("openai:m\udc80", "t\udc80", 9) == [(1000.0, 3)]
