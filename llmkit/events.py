@@ -19,9 +19,17 @@ __all__ = [
     "AttemptEnded",
     "AttemptStarted",
     "BudgetWarning",
+    "CacheLooked",
     "CircuitChanged",
+    "Degraded",
     "Event",
     "FellBack",
+    "Following",
+    "Held",
+    "LinkSkipped",
+    "NoRoom",
+    "Settled",
+    "Share",
     "Waiting",
     "emit",
 ]
@@ -66,6 +74,82 @@ class FellBack(Event):
 
     endpoint: str
     to: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLooked(Event):
+    """The cache was asked, or was not.
+
+    ``mode`` is that of the call (`llmkit.call.CACHE_MODES`). ``found``: ``memory``, ``store`` or ``miss``; ``off`` where
+    nothing was looked up, and ``refresh`` where it was not to be. ``saved``: USD that the answer had cost.
+    """
+
+    mode: str
+    found: str
+    saved: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Following(Event):
+    """The same question is in flight: this call waits for that answer. ``elsewhere``: in another process."""
+
+    elsewhere: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSkipped(Event):
+    """``endpoint`` is not used, or left with no other link to go to, because of ``reason``."""
+
+    endpoint: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A limit as a hold found it: ``unit`` is ``usd`` or ``tokens``; ``held`` includes that hold."""
+
+    scope: str
+    unit: str
+    limit: Decimal | int
+    spent: Decimal | int
+    held: Decimal | int
+
+
+@dataclass(frozen=True, slots=True)
+class Held(Event):
+    """The worst case of attempt ``number``, in USD and tokens, is set aside in each of ``shares``."""
+
+    number: int
+    usd: Decimal
+    tokens: int
+    shares: tuple[Share, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoom(Event):
+    """What is ``needed`` does not fit into a limit just now. ``share.held`` is held by other calls."""
+
+    share: Share
+    needed: Decimal | int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled(Event):
+    """What was held for attempt ``number`` is no longer.
+
+    ``usd`` and ``tokens`` are what was booked in its place; None where nobody knows, so that the worst case stays booked.
+    """
+
+    number: int
+    usd: Decimal | None
+    tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Degraded(Event):
+    """No link could answer for now, because of ``reason``: the text that is set for that answers."""
+
     reason: str
 
 

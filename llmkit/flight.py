@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from llmkit import errors
 from llmkit.errors import FirstTokenTimeout, LLMKitError, StreamBroken
+from llmkit.events import Following, emit
 from llmkit.failure import copied, is_shared, read_back, written_out
 from llmkit.outlet import NO_CLAIM, NO_OUTLET, Outlet, Rounds
 from llmkit.reply import Chunk, Head, Reply, settled
@@ -100,6 +101,7 @@ class SingleFlight:
         if caller.flight is None:
             return await settled(asking.ask(), asking.store)
         if first is not None:
+            emit(call, Following(call.request_id, elsewhere=False))
             first.followed()
             return await caller.follow()
         reply = await caller.take_off()
@@ -440,6 +442,7 @@ class _Caller:
         with _STATE.lock:
             if self not in flight.followers:
                 flight.followers.append(self)
+        emit(self._call, Following(self._call.request_id, elsewhere=True))
         self._relaying = self.loop.create_task(self._relayed(flight))
 
     async def _relayed(self, flight: _Flight) -> None:

@@ -31,10 +31,10 @@ ORDER = [
     {"ledger", "cache"},
     {"answer"},
     {"budgets", "rows"},
-    {"events", "state", "models", "guards"},
+    {"state", "models", "guards"},
     {"flight"},
     {"outlet", "reply"},
-    {"call", "failure"},
+    {"call", "events", "failure"},
     {
         "calendar",
         "circuit",

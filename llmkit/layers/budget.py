@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from llmkit.account import Hold, HoldRefused
 from llmkit.errors import BudgetExceeded, PriceUnknown
-from llmkit.events import BudgetWarning, Waiting, emit
+from llmkit.events import BudgetWarning, NoRoom, Share, Waiting, emit
 from llmkit.models import prices, tokens, windows
 from llmkit.money import amount, money
 from llmkit.redaction import tidy
@@ -153,6 +153,8 @@ class Budget:
         """
         assert self._budgets is not None
         unit = refused.unit
+        if call.trail.listener is not None and not place.waited_s:
+            emit(call, _no_room(call, refused, case.needed(unit)))
         if self._budgets.settings.at_limit == "warn":
             self._go_on_without(call, case, refused)
         elif await case.count():
@@ -405,6 +407,12 @@ def _words(unit: str) -> Callable[..., str]:
 
 def _amount(unit: str, number: int) -> Decimal | int:
     return prices.from_nanos(number) if unit == "usd" else number
+
+
+def _no_room(call: Call, refused: HoldRefused, needed: int) -> NoRoom:
+    unit = refused.unit
+    amounts = (_amount(unit, number) for number in (refused.limit, refused.settled, refused.held))
+    return NoRoom(call.request_id, Share(refused.account.scope, unit, *amounts), _amount(unit, needed))
 
 
 def _scope(account: Account) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmkit.answer import Answer
 from llmkit.errors import NotCached
+from llmkit.events import CacheLooked, emit
 from llmkit.reply import settled
 
 if TYPE_CHECKING:
@@ -52,18 +53,23 @@ class Cache:
     async def __call__(self, call: Call, call_next: CallNext) -> Reply:
         mode, answers = call.cache, self._answers
         if mode == "off" or not answers.enabled:
+            _tell(call, "off")
             if mode == "only":
                 raise NotCached("the cache is off ([cache] enabled), so nothing is stored in it")
             return await call_next(call)
         keys = self._keys(call)
         if keys is None:
+            _tell(call, "off")
             if mode == "only":
                 raise NotCached("this request cannot be stored, so there is no answer to it")
             return await call_next(call)
         if mode != "refresh":
-            answer = answers.copy_of(keys[0]) or await self._found(keys)
+            copy = answers.copy_of(keys[0])
+            answer = copy or await self._found(keys)
             if answer is not None:
+                _tell(call, "store" if copy is None else "memory", answer)
                 return self._hit(call, answer)
+        _tell(call, "refresh" if mode == "refresh" else "miss")
         return await self._asked(_Asking(self, call, call_next, keys))
 
     def _keys(self, call: Call) -> tuple[str, ...] | None:
@@ -118,7 +124,10 @@ class _Asking:
         if self.call.cache == "refresh":
             return None
         answer = await self._layer._found(self.keys)
-        return None if answer is None else self._layer._hit(self.call, answer)
+        if answer is None:
+            return None
+        _tell(self.call, "store", answer)
+        return self._layer._hit(self.call, answer)
 
     async def ask(self) -> Reply:
         self._layer._answers.misses += 1
@@ -135,6 +144,12 @@ class _Asking:
         if renew and not by_first:  # the first link's old answer would go before this one
             await self._layer._answers.drop(self.keys[0])
         await self._layer._answers.keep(key, answer, namespace=self.call.namespace, renew=renew)
+
+
+def _tell(call: Call, found: str, answer: Answer | None = None) -> None:
+    if call.trail.listener is not None:
+        saved = None if answer is None else answer.cost
+        emit(call, CacheLooked(call.request_id, call.cache, found, saved))
 
 
 def _first(call: Call) -> Endpoint | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmkit.errors import AllModelsFailed, CircuitOpen, LLMKitError, ProviderError, QuotaExhausted
+from llmkit.events import Degraded as DegradedNow
+from llmkit.events import emit
 from llmkit.reply import NOTHING, Chunk, Head, Reply
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class Degraded:
         except LLMKitError as error:
             if not _is_outage(error):
                 raise
+            emit(call, DegradedNow(call.request_id, f"{type(error).__name__}: {error.message}"))
         head = Head()
         head.model = "degraded"
         head.finish_reason = "stop"

@@ -26,7 +26,7 @@ from llmkit.errors import (
     Refused,
     TotalTimeout,
 )
-from llmkit.events import FellBack, emit
+from llmkit.events import FellBack, LinkSkipped, emit
 from llmkit.models import table, tokens, windows
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Fallback:
         while links:
             link = links.pop(0)
             if reason := self._unusable(link, errors):
-                call.trail.skipped.append(Skipped(link.endpoint.name, reason))
+                _skip(call, link, reason)
                 continue
             try:
                 await self._check_window(call, link, links)
@@ -73,8 +73,7 @@ class Fallback:
         if not sick or len(sick) == len(call.route):
             return list(call.route)
         for link in sick:
-            reason = f"failed {SICK_AFTER} times within {SICK_WITHIN_S:g} s"
-            call.trail.skipped.append(Skipped(link.endpoint.name, reason))
+            _skip(call, link, f"failed {SICK_AFTER} times within {SICK_WITHIN_S:g} s")
         return [link for link in call.route if link not in sick] + sick
 
     async def _through(self, call: Call, call_next: CallNext) -> Reply:
@@ -136,9 +135,17 @@ class Fallback:
         if isinstance(error, ProviderError) and error.transient:
             self._failures[link.endpoint.key].append(self._clock.now())
         reason = f"{type(error).__name__}: {error.message}"
-        call.trail.skipped.append(Skipped(link.endpoint.name, reason))
         if others:
+            call.trail.skipped.append(Skipped(link.endpoint.name, reason))
             emit(call, FellBack(call.request_id, link.endpoint.name, others[0].endpoint.name, reason))
+        else:
+            _skip(call, link, reason)
+
+
+def _skip(call: Call, link: Link, reason: str) -> None:
+    call.trail.skipped.append(Skipped(link.endpoint.name, reason))
+    if call.trail.listener is not None:
+        emit(call, LinkSkipped(call.request_id, link.endpoint.name, reason))
 
 
 def _leaves(error: LLMKitError) -> bool:

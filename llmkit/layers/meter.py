@@ -7,16 +7,18 @@ call is the sum of its attempts, and this is the only place where tokens become 
 from __future__ import annotations
 
 import asyncio
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from llmkit.account import HoldRefused
+from llmkit.account import HoldRefused, Release
 from llmkit.call import Attempt
 from llmkit.errors import LLMKitError, ProviderError, StoreError
-from llmkit.events import AttemptEnded, AttemptStarted, emit
+from llmkit.events import AttemptEnded, AttemptStarted, Held, Settled, Share, emit
 from llmkit.models import prices, tokens
 from llmkit.reply import Head, Outcome, Reply, Usage, settled
 
 if TYPE_CHECKING:
+    from llmkit.account import Hold
     from llmkit.call import Call
     from llmkit.clock import Clock
     from llmkit.ledger import Ledger
@@ -49,6 +51,8 @@ class Meter:
                 trail.attempts_begun -= 1
                 raise
             if trail.listener is not None:
+                if call.hold is not None:
+                    emit(call, _held(call.hold))
                 emit(call, AttemptStarted(call.request_id, call.endpoint.name, number))
             return await call_next(call if sending is None else call.to(on_send=sending))
 
@@ -63,6 +67,8 @@ class Meter:
             self._ledger.attempt_ended(call, attempt, cost)
             if trail.listener is not None:
                 emit(call, AttemptEnded(call.request_id, attempt))
+                if call.hold is not None:
+                    emit(call, _settled(call.hold, attempt))
 
         return await settled(begun(), ended)
 
@@ -120,6 +126,30 @@ class Meter:
             usage = counted if usage is None else _larger(usage, counted)
         reply.usage = usage
         return usage
+
+
+def _held(hold: Hold) -> Held:
+    """What was set aside, as people read it."""
+    usd, shares = prices.from_nanos, []
+    for account, balance in zip(hold.accounts, hold.balances, strict=False):
+        if account.limit_nanos is not None:
+            limit, spent, held = map(usd, (account.limit_nanos, balance.settled_nanos, balance.held_nanos))
+            shares.append(Share(account.scope, "usd", limit, spent, held))
+        if account.limit_tokens is not None:
+            counts = (account.limit_tokens, balance.settled_tokens, balance.held_tokens)
+            shares.append(Share(account.scope, "tokens", *counts))
+    return Held(hold.request_id, hold.number, usd(hold.nanos), hold.tokens, tuple(shares))
+
+
+def _settled(hold: Hold, attempt: Attempt) -> Settled:
+    """What became of it."""
+    from llmkit.rows import hold_ended
+
+    ending = hold_ended(hold, attempt)
+    if isinstance(ending, Release):
+        return Settled(hold.request_id, hold.number, Decimal(0), 0)
+    usd = None if ending.nanos is None else prices.from_nanos(ending.nanos)
+    return Settled(hold.request_id, hold.number, usd, ending.tokens)
 
 
 def _unshown(head: Head) -> str:
