@@ -36,9 +36,11 @@ if TYPE_CHECKING:
     import httpx
     import pandas as pd
 
+    from llmkit.comparison import Comparison
     from llmkit.events import AlertRaised
     from llmkit.flight import SingleFlight
     from llmkit.portal import Portal
+    from llmkit.prompts import Prompts
     from llmkit.reply import Reply
     from llmkit.state.database import Database
     from llmkit.state.shared import Circuits, Contents, Entries
@@ -267,11 +269,8 @@ class AsyncClient:
             ConfigError: an impossible grid or option, or an unknown model or prompt; then nothing is sent.
             StoreError: kept prompts cannot be read.
         """
-        from llmkit.comparison import versions_of
-
-        comparison = await self._comparison(
-            versions_of(prompt, prompts, self.prompts), models, temperatures, repeat, concurrency, options
-        )
+        grid = {"models": models, "temperatures": temperatures, "prompts": prompts}
+        comparison = await self._comparison(prompt, **grid, repeat=repeat, concurrency=concurrency, **options)
         try:
             await comparison.run(self)
         except asyncio.CancelledError as cancelled:
@@ -279,33 +278,11 @@ class AsyncClient:
             raise
         return comparison.frame()
 
-    async def _comparison(
-        self,
-        versions: Sequence[Version],
-        models: str | Sequence[str] | None,
-        temperatures: Sequence[float] | None,
-        repeat: int,
-        concurrency: int,
-        options: dict[str, Any],
-    ) -> Comparison:
-        """The grid, checked; see `compare`."""
-        from llmkit.comparison import Comparison, as_models
+    async def _comparison(self, prompt: Any, **asked: Any) -> Comparison:
+        """What `compare` asks, checked, and not sent yet."""
+        from llmkit.comparison import Comparison
 
-        wanted = as_models(models)
-        if wanted == [None] and options.get("model") is None and options.get("tier") is None:
-            wanted = [await asyncio.to_thread(self.default_model)]
-        comparison = Comparison(
-            versions,
-            models=wanted,
-            temperatures=[None] if temperatures is None else list(temperatures),
-            repeat=repeat,
-            options=options,
-            new_id=functools.partial(new_request_id, self.clock),
-            at_once=concurrency,
-        )
-        for model in {trial.options["model"] for trial in comparison.trials if trial.options.get("model")}:
-            self.config.route(model)
-        return comparison
+        return await Comparison.of(self, prompt, new_id=functools.partial(new_request_id, self.clock), **asked)
 
     @functools.cached_property
     def prompts(self) -> Prompts:
@@ -412,6 +389,8 @@ class AsyncClient:
         await self._provider.aclose()
         await self.circuits.aclose()
         await self.cache.aclose()
+        if "prompts" in vars(self):
+            self.prompts.close()
         self.ledger.close()
         if self._shared is not None:
             await self._shared.aclose()
@@ -483,6 +462,24 @@ class Client:
         if reply.outcome is None:
             shared(reply)  # it arrives even if its client is dropped
         return reply
+
+    def compare(
+        self, prompt: str | Message | Sequence[Message | Mapping[str, Any]] | None = None, **asked: Any
+    ) -> pd.DataFrame:
+        """See `AsyncClient.compare`. An interrupt closes all connections and settles; its ``partial`` has the rows so far."""
+        portal = self._portal
+        comparison = portal.run(self._client._comparison(prompt, **asked))
+        try:
+            portal.run(comparison.run(self._client))
+        except KeyboardInterrupt as interrupt:
+            interrupt.partial = comparison.frame(portal)  # type: ignore[attr-defined]
+            raise
+        return comparison.frame(portal)
+
+    @property
+    def prompts(self) -> Prompts:
+        """See `AsyncClient.prompts`."""
+        return self._client.prompts
 
     def default_model(self) -> str:
         """See `AsyncClient.default_model`."""
