@@ -10,18 +10,19 @@ import asyncio
 import contextlib
 import logging
 import os
-import sqlite3
 import threading
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.errors import StoreError
+from llmkit.state.damage import aside, files, is_damage, move_aside
 from llmkit.state.database import Database
 from llmkit.state.shared import Contents
 from llmkit.state.store import fitting_text, ledger_path
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Callable
     from pathlib import Path
 
@@ -80,7 +81,6 @@ _MOST_USED = 4_096  # entries of which it is remembered, and not yet written, th
 _ROWS_A_CHECKPOINT = 1_000  # answers are long
 _PUTS_A_SWEEP = 64  # after so many, the oldest rows are looked through for those that have expired
 _ROWS_A_SWEEP = 256
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}  # the last: a table is not there
 
 
 def cache_path(url: str) -> Path | None:
@@ -127,6 +127,11 @@ class MemoryEntries:
                 return None
             self._rows[key] = row
             return value, expires
+
+    async def peek(self, key: str) -> tuple[bytes, float | None] | None:
+        with self._lock:
+            value, expires, _ = self._rows.get(key, (None, None, ""))
+        return None if value is None or (expires is not None and expires <= self._clock.time()) else (value, expires)
 
     async def put(self, key: str, value: bytes, *, namespace: str, expires: float | None) -> None:
         with self._lock:
@@ -215,7 +220,7 @@ class SQLiteEntries:
         try:
             self._database = self._open()
         except StoreError as error:
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise
             self._database = self._begun_anew(error)
 
@@ -242,6 +247,12 @@ class SQLiteEntries:
         if len(used) > _MOST_USED:
             self._used = {}  # in a store that is nowhere near full, where nobody needs to know
         return value, expires
+
+    async def peek(self, key: str) -> tuple[bytes, float | None] | None:
+        for value, expires in self._database.glance(_GET, (key,)):
+            if type(value) is bytes and type(expires) in _TIMES and (expires is None or expires > self._clock.time()):
+                return value, expires
+        return None
 
     async def put(self, key: str, value: bytes, *, namespace: str, expires: float | None) -> None:
         size = len(value)
@@ -280,7 +291,7 @@ class SQLiteEntries:
         removed: int = await self._run(partial(_clear, None if namespace is None else fitting_text(namespace)))
         await asyncio.to_thread(self._database.scrub, shrink=namespace is None)
         if namespace is None:
-            for path in _files(_aside(self._path)):
+            for path in files(aside(self._path)):
                 with contextlib.suppress(OSError):
                     path.unlink()
         return removed
@@ -357,7 +368,7 @@ class SQLiteEntries:
 
     async def _mend(self, error: StoreError) -> None:
         """Begin a new file where the old one is damaged; raise ``error`` where something else is wrong."""
-        if not _is_damage(error):
+        if not is_damage(error):
             raise error
         await asyncio.to_thread(self._replace, self._database, error)
 
@@ -369,13 +380,7 @@ class SQLiteEntries:
 
     def _begun_anew(self, error: StoreError) -> Database:
         """A new file in place of the damaged one, which is moved aside."""
-        log.warning("%s; it is moved to %s, and a new one is begun", error.message, _aside(self._path).name)
-        try:
-            for old, new in zip(_files(self._path), _files(_aside(self._path)), strict=True):
-                if old.exists():
-                    old.replace(new)
-        except OSError as failure:
-            raise StoreError(f"the damaged cache {self._path} cannot be moved: {failure.strerror}") from failure
+        move_aside(self._path, error, "cache")
         return self._open()
 
 
@@ -406,17 +411,3 @@ def _clear(namespace: str | None, connection: sqlite3.Connection) -> int:
         removed = connection.execute("DELETE FROM entries WHERE namespace = ?", (namespace,)).rowcount
     connection.execute(_RENEW)
     return removed
-
-
-def _is_damage(error: StoreError) -> bool:
-    cause = error.__cause__
-    return isinstance(cause, sqlite3.Error) and getattr(cause, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.damaged")
-
-
-def _files(path: Path) -> list[Path]:
-    """A database and what SQLite keeps beside it."""
-    return [path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")]
