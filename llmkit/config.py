@@ -45,6 +45,7 @@ __all__ = [
     "Config",
     "Default",
     "Limit",
+    "NotebookSettings",
     "RetrySettings",
 ]
 
@@ -144,6 +145,32 @@ class AlertSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NotebookSettings:
+    """``[notebook]``: cells that say nothing else, where ``%config`` says nothing either.
+
+    Attributes:
+        keep: whether what cells asked and were answered is written down, so that it can be shown again; else it is known
+            as long as the kernel lives. `CacheSettings.persist` off has the same effect.
+        format, display, traceback: how answers and errors are shown; display None: as ``LLMKIT_DISPLAY`` says.
+        system, temperature, max_tokens, user: options of cells; see `llmkit.options.Options`.
+    """
+
+    keep: bool = True
+    format: str = "markdown"
+    display: str | None = None
+    traceback: bool = False
+    system: str | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+    user: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What of it is said with a call."""
+        named = {name: getattr(self, name) for name in ("system", "temperature", "max_tokens", "user")}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RetrySettings:
     """``[retry]``: ``attempts`` in all; the first wait is up to ``initial`` seconds, no wait is longer than ``maximum``."""
 
@@ -195,6 +222,7 @@ class Config:
     breaker: BreakerSettings
     cache: CacheSettings
     alerts: AlertSettings
+    notebook: NotebookSettings
     degraded_text: str | None
     state_url: str
     state_on_failure: str
@@ -268,6 +296,7 @@ class Config:
             breaker=BreakerSettings(**tree.get("breaker", {})),
             cache=_cache(tree.get("cache", {})),
             alerts=AlertSettings(**tree.get("alerts", {})),
+            notebook=NotebookSettings(**tree.get("notebook", {})),
             degraded_text=tree.get("degraded", {}).get("text"),
             state_url=tree.get("state", {}).get("url", "sqlite"),
             state_on_failure=tree.get("state", {}).get("on_failure", "refuse"),

@@ -325,6 +325,16 @@ SETTINGS: dict[str, Any] = {
         "jump": Rule("number", "1.5", "1000", off=True, words=" (times the usual hour)"),
     },
     "degraded": {"text": Rule("text", words="text", high="10000")},
+    "notebook": {
+        "keep": _FLAG,
+        "format": Rule("text", choices=("markdown", "text", "json", "code", "html")),
+        "display": Rule("text", choices=("live", "final")),
+        "traceback": _FLAG,
+        "system": Rule("text", words="text", high="10000"),
+        "temperature": Rule("number", "0", "2"),
+        "max_tokens": _WINDOW,
+        "user": _TEXT,
+    },
     "rate_limit": _OPEN_TABLE,
     "guardrails": _OPEN_TABLE,
     "slo": {
