@@ -136,10 +136,17 @@ class Prompts:
         """Every version of every name: columns name, version, saved (UTC), text, system, raw."""
         import pandas as pd
 
-        frame = pd.DataFrame.from_records([prompt._asdict() for prompt in self], columns=list(KeptPrompt._fields))
-        frame["saved"] = pd.to_datetime(frame["saved"].astype("float64"), unit="s", utc=True)
-        kinds = {"name": "object", "version": "int64", "text": "object", "system": "object", "raw": "bool"}
-        return frame.astype(kinds)[["name", "version", "saved", "text", "system", "raw"]]
+        kept = list(self)
+        return pd.DataFrame(
+            {
+                "name": pd.Series([prompt.name for prompt in kept], dtype="object"),
+                "version": pd.Series([prompt.version for prompt in kept], dtype="int64"),
+                "saved": pd.to_datetime(pd.Series([prompt.saved for prompt in kept], dtype="float64"), unit="s", utc=True),
+                "text": pd.Series([prompt.text for prompt in kept], dtype="object"),
+                "system": pd.Series([prompt.system for prompt in kept], dtype="object"),
+                "raw": pd.Series([prompt.raw for prompt in kept], dtype="bool"),
+            }
+        )
 
     def remove(self, reference: str) -> int:
         """Forget ``"name@2"``, or all versions of ``"name"``; how many. Their numbers are not used again.

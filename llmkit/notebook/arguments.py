@@ -1,4 +1,4 @@
-"""What stands on the first line of a ``%%llm`` cell, checked before anything is sent."""
+"""What stands on the first line of a ``%%llm`` or ``%%llm_compare`` cell, checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llmkit.call import CACHE_MODES, TIERS
 from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Callable, Sequence
 
-__all__ = ["FORMATS", "CellLine", "documented", "parse"]
+__all__ = ["FORMATS", "CellLine", "GridLine", "documented", "parse", "parse_grid"]
 
 FORMATS = ("markdown", "text", "json", "code", "html")
 MOST_REPEATS = 100
-HELP = "%%llm? shows every option with an example"
 
 DESCRIPTION = """%%llm [NAME <<] [options]
 
@@ -31,6 +31,18 @@ Example::
 
     %%llm answer << -m gpt-5-mini -t 0 --max-cost 0.01
     What stands out in this table? {{ df.head() }}
+"""
+
+GRID_DESCRIPTION = """%%llm_compare [NAME <<] [options]
+
+Ask one prompt of several models, at several temperatures, in several versions, all at once; the rest of the cell is the
+prompt, and a template, as in %%llm. The answers stream in side by side; cheapest and fastest are marked, and where they
+differ from the first. The variable holds a DataFrame, one row an answer.
+
+Example::
+
+    %%llm_compare grid << -m gpt-5-mini,claude-haiku-4-5,local -t 0,0.7 --max-cost 0.01
+    Explain backpressure in two sentences.
 """
 
 _NAMED = re.compile(r"""\s*(?P<name>[^\s<"'-][^\s<]*)?\s*<<(?P<rest>.*)""", re.DOTALL)
@@ -70,22 +82,42 @@ class CellLine:
     help: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridLine:
+    """A checked line of a comparison.
+
+    Attributes:
+        cell: what it has in common with a ``%%llm`` cell; ``cell.repeat`` samples of each.
+        models, temperatures: the sides of the grid; None where none are given. saved: versions of kept prompts.
+    """
+
+    cell: CellLine
+    models: tuple[str, ...] | None = None
+    temperatures: tuple[float, ...] | None = None
+    saved: tuple[str, ...] = ()
+
+
 class _Parser(MagicArgumentParser):
     """IPython's parser, with llmkit's errors."""
 
+    @property
+    def hint(self) -> str:
+        return f"{self.prog}? shows every option with an example"
+
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): ", r"\1: ", message)
-        raise ConfigError(f"%%llm: {message}", next_step=HELP)
+        raise ConfigError(f"{self.prog}: {message}", next_step=self.hint)
 
+    def converted(self, option: str, convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
+        """``convert``, with an error in words: that ``option`` is ``what``."""
 
-def _converted(option: str, convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            return convert(text)
-        except ValueError:
-            raise ConfigError(f"{option} is {what}, not {text!r:.60}", next_step=HELP) from None
+        def read(text: str) -> Any:
+            try:
+                return convert(text)
+            except ValueError:
+                raise ConfigError(f"{option} is {what}, not {text!r:.60}", next_step=self.hint) from None
 
-    return read
+        return read
 
 
 def _seconds_or_preset(text: str) -> float | str:
@@ -119,19 +151,40 @@ def _name(text: str) -> str:
     return text
 
 
-def _parser() -> _Parser:
-    parser = _Parser("%%llm", description=DESCRIPTION)  # type: ignore[no-untyped-call]
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ValueError
+    return names
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def _parser(prog: str, description: str) -> _Parser:
+    parser = _Parser(prog, description=description)  # type: ignore[no-untyped-call]
     parser.allow_abbrev = False  # `--max` must not mean whatever begins so today
-    add = parser.add_argument
+    return parser
+
+
+def _with_options(parser: _Parser, without: frozenset[str] = frozenset()) -> _Parser:
+    """``parser`` with the options of a cell, but those that are called as in ``without``."""
+    converted = parser.converted
+
+    def add(*flags: str, **how: Any) -> None:
+        if flags[0] not in without:
+            parser.add_argument(*flags, **how)
+
     add("-m", "--model", help="provider:model, an alias, or several with commas: a chain. -m gpt-5-mini,local")
     add("-s", "--system", help='system prompt; a template, too. -s "You are terse."')
     add("-o", "--output", metavar="NAME", help="variable for the reply, as NAME << does. -o answer")
-    number = _converted("-t", float, "a number")
+    number = converted("-t", float, "a number")
     add("-t", "--temperature", type=number, help="0 to 2; 0 is the least random. -t 0.2")
-    whole = _converted("--max-tokens", int, "a whole number")
+    whole = converted("--max-tokens", int, "a whole number")
     add("--max-tokens", type=whole, metavar="N", help="most output tokens, reasoning included. --max-tokens 500")
     add("--max-cost", metavar="USD", help="what this cell may cost, all attempts together. --max-cost 0.01")
-    seed = _converted("--seed", int, "a whole number")
+    seed = converted("--seed", int, "a whole number")
     add("--seed", type=seed, metavar="N", help="ask for repeatable sampling, where the model can. --seed 7")
     add(
         "--stop",
@@ -141,7 +194,7 @@ def _parser() -> _Parser:
         help=r"end the answer here; may be repeated. --stop '\n'",
     )
     add("--user", help="whom the cost is booked for. --user ana")
-    tag = _converted("--tag", _tag, "KEY=VALUE")
+    tag = converted("--tag", _tag, "KEY=VALUE")
     add(
         "--tag", type=tag, action="append", metavar="K=V", help="what it is booked for; may be repeated. --tag app=docs"
     )
@@ -165,7 +218,7 @@ def _parser() -> _Parser:
         metavar="EXPR",
         help="a picture to look at: a path, a URL, or a variable; may be repeated. --image plot.png",
     )
-    count = _converted("--repeat", _count, f"a whole number from 1 to {MOST_REPEATS}")
+    count = converted("--repeat", _count, f"a whole number from 1 to {MOST_REPEATS}")
     add("--repeat", type=count, metavar="N", help="so many samples of the answer, asked at once. --repeat 3")
     add("--plan", action="store_true", help="send nothing: show tokens, cost, route, budgets, cache. --plan")
     add("--save", metavar="NAME", help="keep this prompt under a name, as its next version. --save summary")
@@ -181,16 +234,46 @@ def _parser() -> _Parser:
     add("--quiet", action="store_true", help="show nothing; errors still show. answer << --quiet")
     add("--no-stream", action="store_true", help="ask for the answer in one piece. --no-stream")
     add("--raw", action="store_true", help="no template: {{ and {%% stay as they are. --raw")
-    add("--help", "-h", action="store_true", help="show this, and ask nothing. %%%%llm --help")
+    add(
+        "--help",
+        "-h",
+        action="store_true",
+        help=f"show this, and ask nothing. %{parser.prog.replace('%', '%%')[1:]} --help",
+    )
     return parser
 
 
-_PARSER = _parser()
+# What a comparison has several of, has none of, or counts otherwise.
+_NOT_AS_IN_A_CELL = frozenset(
+    {"-m", "-t", "--tier", "--chat", "--schema", "--repeat", "--save", "--with", "--format", "--max-cost"}
+)
+
+
+def _grid_parser() -> _Parser:
+    parser = _parser("%%llm_compare", GRID_DESCRIPTION)
+    add, converted = parser.add_argument, parser.converted
+    several = converted("-m", _names, "names with commas between")
+    models = "several models with commas between; a chain goes by an alias. -m gpt-5-mini,local"
+    add("-m", "--model", type=several, metavar="MODELS", help=models)
+    numbers = converted("-t", _numbers, "numbers with commas between")
+    add("-t", "--temperature", type=numbers, metavar="NUMBERS", help="several temperatures, 0 to 2 each. -t 0,0.7")
+    kept = converted("--with", _names, "names with commas between")
+    versions = "prompts that were kept, or versions of one; may be repeated. --with summary@1,summary@2"
+    add("--with", action="append", type=kept, metavar="NAMES", dest="saved", help=versions)
+    count = converted("--repeat", _count, f"a whole number from 1 to {MOST_REPEATS}")
+    add("--repeat", type=count, metavar="N", help="so many samples of each. --repeat 3")
+    add("--max-cost", metavar="USD", help="what each answer may cost, all its attempts together. --max-cost 0.01")
+    return _with_options(parser, _NOT_AS_IN_A_CELL)
+
+
+_PARSER = _with_options(_parser("%%llm", DESCRIPTION))
+_GRID_PARSER = _grid_parser()
 
 
 def documented(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let ``%%llm?`` show every option."""
-    function.__doc__ = _PARSER.format_help()
+    """Let ``%%llm?``, or the one of that name, show every option."""
+    parser = _GRID_PARSER if function.__name__ == "compare" else _PARSER
+    function.__doc__ = parser.format_help()
     return function
 
 
@@ -200,66 +283,90 @@ def parse(line: str) -> CellLine:
     Raises:
         ConfigError: an unknown option (with the nearest one), a value of the wrong kind, a name that cannot be one.
     """
-    names, rest = _target(line)
-    words = _split(rest)
-    _refuse_unknown([word for word in words if _SINGLE_DASH_WORD.fullmatch(word)])
-    given, extra = _PARSER.parse_known_args(words)
-    _refuse_unknown(extra)
-    if given.output is not None:
-        names += (_name(given.output),)
-    options = {
-        name: getattr(given, name)
-        for name in ("model", "system", "temperature", "max_tokens", "seed", "user", "cache", "tier")
-    }
-    options |= {"max_cost": given.max_cost, "stop": given.stop, "timeout": given.timeout}
-    options["tags"] = dict(given.tag) if given.tag else None
-    return CellLine(
-        names=tuple(dict.fromkeys(names)),
-        options={name: value for name, value in options.items() if value is not None},
-        format=given.format,
-        quiet=given.quiet,
-        stream=not given.no_stream,
-        raw=given.raw,
-        plan=given.plan,
-        repeat=given.repeat,
-        chat=given.chat,
-        schema=given.schema,
-        images=tuple(given.image or ()),
-        save=given.save,
-        saved=given.saved,
-        help=given.help,
+    names, given = _given(line, _PARSER)
+    return _cell_line(names, vars(given))
+
+
+def parse_grid(line: str) -> GridLine:
+    """Read the line of a comparison. Raises as `parse`."""
+    names, given = _given(line, _GRID_PARSER)
+    said = vars(given)
+    sides = {name: said.pop(name) for name in ("model", "temperature", "saved")}
+    return GridLine(
+        cell=_cell_line(names, said),
+        models=None if sides["model"] is None else tuple(sides["model"]),
+        temperatures=None if sides["temperature"] is None else tuple(sides["temperature"]),
+        saved=tuple(name for names in sides["saved"] or () for name in names),
     )
 
 
-def _target(line: str) -> tuple[tuple[str, ...], str]:
+def _given(line: str, parser: _Parser) -> tuple[tuple[str, ...], Namespace]:
+    names, rest = _target(line, parser)
+    words = _split(rest, parser)
+    _refuse_unknown([word for word in words if _SINGLE_DASH_WORD.fullmatch(word)], parser)
+    given, extra = parser.parse_known_args(words)
+    _refuse_unknown(extra, parser)
+    if given.output is not None:
+        names += (_name(given.output),)
+    return tuple(dict.fromkeys(names)), given
+
+
+def _cell_line(names: tuple[str, ...], given: dict[str, Any]) -> CellLine:
+    options = {
+        name: given.get(name)
+        for name in ("model", "system", "temperature", "max_tokens", "seed", "user", "cache", "tier")
+    }
+    options |= {"max_cost": given["max_cost"], "stop": given["stop"], "timeout": given["timeout"]}
+    options["tags"] = dict(given["tag"]) if given["tag"] else None
+    return CellLine(
+        names=names,
+        options={name: value for name, value in options.items() if value is not None},
+        format=given.get("format"),
+        quiet=given["quiet"],
+        stream=not given["no_stream"],
+        raw=given["raw"],
+        plan=given["plan"],
+        repeat=given["repeat"],
+        chat=given.get("chat"),
+        schema=given.get("schema"),
+        images=tuple(given["image"] or ()),
+        save=given.get("save"),
+        saved=given.get("saved"),
+        help=given["help"],
+    )
+
+
+def _target(line: str, parser: _Parser) -> tuple[tuple[str, ...], str]:
     """The name before ``<<``, if there is one, and what follows."""
     match = _NAMED.fullmatch(line)
     if match is None:
         return (), line
     if match["name"] is None:
-        raise ConfigError("<< needs the name of a variable before it", next_step="%%llm answer << …")
+        raise ConfigError("<< needs the name of a variable before it", next_step=f"{parser.prog} answer << …")
     return (_name(match["name"]),), match["rest"]
 
 
-def _split(text: str) -> list[str]:
+def _split(text: str, parser: _Parser) -> list[str]:
     # Not IPython's arg_split: that one leaves the quotes on.
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise ConfigError(f"%%llm: {str(error).lower()}", next_step='close the quotes; a quote itself is \\"') from None
+        raise ConfigError(
+            f"{parser.prog}: {str(error).lower()}", next_step='close the quotes; a quote itself is \\"'
+        ) from None
 
 
-def _refuse_unknown(words: Sequence[str]) -> None:
+def _refuse_unknown(words: Sequence[str], parser: _Parser) -> None:
     if not words:
         return
     option = next((word for word in words if word.startswith("-")), None)
     if option is None:
-        message = f"%%llm: {words[0]!r:.60} is no option"
+        message = f"{parser.prog}: {words[0]!r:.60} is no option"
         raise ConfigError(message, next_step="the prompt begins on the next line; commands are %llm with one %")
     import difflib
 
     option = option.partition("=")[0]
-    known = list(_PARSER._option_string_actions)
+    known = list(parser._option_string_actions)
     near = difflib.get_close_matches(option, known, 1) or difflib.get_close_matches(f"-{option}", known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"%%llm: there is no option {option:.60}{hint}", next_step=HELP)
+    raise ConfigError(f"{parser.prog}: there is no option {option:.60}{hint}", next_step=parser.hint)
