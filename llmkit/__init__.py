@@ -56,15 +56,18 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "testing"})
 
 
+_EDITION = object()  # another one after ``%reload_ext llmkit``
+
+
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """What ``%load_ext llmkit`` calls."""
     from llmkit.notebook import load
 
-    load(shell)
+    load(shell, _EDITION)
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
     """What ``%unload_ext llmkit`` calls."""
     from llmkit.notebook import unload
 
-    unload(shell)
+    unload(shell, _EDITION)

@@ -199,7 +199,7 @@ def others(user: Any) -> bool:
 
 def leave(user: Any) -> None:
     """``user`` needs the portal no longer. With the last one goes its thread; a later use starts another."""
-    global _shared  # noqa: PLW0603  as above
+    global _shared
     with _lock:
         _users.discard(user)
         if _shared is None or _shared[0] != os.getpid() or others(user) or _shared[1].is_here:
@@ -216,7 +216,7 @@ def _close_shared() -> None:
 
 
 def _in_child() -> None:
-    global _lock, _users  # noqa: PLW0603  another thread may have held it, and is not in the forked child
+    global _lock, _users  # another thread may have held it, and is not in the forked child
     _lock, _users = threading.Lock(), WeakSet()
 
 

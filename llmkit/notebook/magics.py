@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
-from traitlets import Bool, Enum, Float, Int, Unicode, Union, observe, validate
+from traitlets import Bool, Enum, Float, Int, TraitError, Unicode, Union, observe, validate
 
 from llmkit.call import CACHE_MODES, TIERS
 from llmkit.errors import ConfigError, LLMKitError
 from llmkit.notebook.arguments import FORMATS, documented, parse
 from llmkit.notebook.budgets import in_words
+from llmkit.notebook.registration import Kept, changed_settings, handle_errors, register, take_back
 from llmkit.notebook.session import MODES, Session, display_mode
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from llmkit.notebook.question import Question
 
 __all__ = ["LLMMagics"]
-
-log = logging.getLogger("llmkit")
 
 
 @magics_class
@@ -74,48 +73,39 @@ class LLMMagics(Magics):
 
     # -- loading and unloading ---------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Say in one line what will be used. Wrong settings are said, too; then the first cell fails with them."""
+    def begin(self, kept: Kept | None = None) -> None:
+        """Register all, and say in one line what will be used. ``kept``: from before a reload.
+
+        Wrong settings are said, too; then the first cell fails with them.
+        """
         self.session = Session()
         self.undo: list[Callable[[], object]] = [self.session.close]
         """What unloading does, the last first. Whatever registers something with the shell adds here how to take it back."""
-        self._handle_errors()
-        self._end_with_the_interpreter()
+        self.carried: dict[str, Any] = {} if kept is None else kept.carried
+        """What outlives ``%reload_ext``; each concept has a key of its own."""
+        self.undo.append(register(self.shell, self))
+        self._handler, give_back = handle_errors(self.shell, LLMKitError, self._show_error)
+        self.undo.append(give_back)
+        atexit.register(self.session.close)
+        self.undo.append(partial(atexit.unregister, self.session.close))
+        self._set_again({} if kept is None else kept.settings)
         try:
             self._greet()
         except ConfigError as error:
             print(f"llmkit is loaded, but cannot be used yet:\n{error.block()}", file=sys.stderr)
 
-    def end(self) -> None:
-        """Leave the shell as it was."""
-        shell = self.shell
-        shell.configurables.remove(self)
-        shell.magics_manager.registry.pop(type(self).__name__, None)
-        for kind, names in self.magics.items():
-            for name in names:
-                shell.magics_manager.magics[kind].pop(name, None)
-        while self.undo:
-            take_back = self.undo.pop()
+    def _set_again(self, settings: Mapping[str, Any]) -> None:
+        for name, value in settings.items():
             try:
-                take_back()
-            except Exception:  # the rest must be taken back all the same
-                log.exception("unloading: %r failed", take_back)
+                setattr(self, name, value)
+            except (TraitError, LLMKitError) as error:
+                print(f"llmkit: %config LLMMagics.{name} is not kept: {error}", file=sys.stderr)
 
-    def _handle_errors(self) -> None:
-        shell = self.shell
-        self._handler: tuple[Any, Any] = (shell.custom_exceptions, shell.CustomTB)
-        shell.set_custom_exc((LLMKitError, *shell.custom_exceptions), self._show_error)
-
-        def give_back() -> None:
-            if LLMKitError in shell.custom_exceptions:
-                shell.custom_exceptions, shell.CustomTB = self._handler
-
-        self.undo.append(give_back)
-
-    def _end_with_the_interpreter(self) -> None:
-        close = self.session.close
-        atexit.register(close)
-        self.undo.append(lambda: atexit.unregister(close))
+    def end(self, edition: object = None) -> Kept:
+        """Leave the shell as it was. Returns what a reload goes on with."""
+        kept = Kept(edition, changed_settings(self), self.carried)
+        take_back(self.undo)
+        return kept
 
     def _greet(self) -> None:
         display_mode(self.display)
@@ -236,8 +226,7 @@ class LLMMagics(Magics):
     ) -> None:
         """Show one block also for `AllModelsFailed`: IPython prints groups its own way, past ``_render_traceback_``."""
         if not isinstance(error, LLMKitError):
-            _, handler = self._handler
-            handler(kind, error, traceback, tb_offset)
+            self._handler(kind, error, traceback, tb_offset)
             return
         sys.last_type, sys.last_value, sys.last_traceback = kind, error, traceback  # what %tb and %debug read
         lines = error._render_traceback_()
