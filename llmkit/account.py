@@ -16,7 +16,21 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Account", "Accounts", "Balance", "Hold", "HoldRefused", "Release", "Sent", "Settle"]
+    from llmkit.errors import CallRejected
+
+__all__ = [
+    "NONE_AHEAD",
+    "Account",
+    "Accounts",
+    "Balance",
+    "Hold",
+    "HoldRefused",
+    "Provision",
+    "Release",
+    "Sent",
+    "Settle",
+    "Sums",
+]
 
 
 class Account(NamedTuple):
@@ -130,6 +144,37 @@ class HoldRefused(Exception):
     @property
     def held(self) -> int:
         return self.balance.held_nanos if self.unit == "usd" else self.balance.held_tokens
+
+
+class Sums(NamedTuple):
+    """Nano-dollars, and tokens."""
+
+    nanos: int
+    tokens: int
+
+
+NONE_AHEAD = Sums(0, 0)
+
+
+class Provision(NamedTuple):
+    """What one attempt would have to be provided with.
+
+    Attributes:
+        nanos, input_tokens, output_tokens: the worst case, as it would be held; nano-dollars None where the price is unknown.
+        accounts: that it counts towards. balances: what they have counted now, in their order.
+        refusal: what the attempt would be refused with.
+        waits: what it would wait for; None where there is room.
+        warnings: what would be said although it goes on.
+    """
+
+    nanos: int | None
+    input_tokens: int
+    output_tokens: int
+    accounts: tuple[Account, ...]
+    balances: tuple[Balance, ...]
+    refusal: CallRejected | None
+    waits: str | None
+    warnings: tuple[str, ...]
 
 
 class Accounts(Protocol):

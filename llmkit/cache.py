@@ -129,6 +129,19 @@ class AnswerCache:
         self._copy(key, answer, expires, len(value))
         return answer
 
+    async def peek(self, key: str) -> Answer | None:
+        """What `find` would give, and nothing is changed by it: no use is counted, nothing is copied or removed."""
+        copy = self._copies.get(key)
+        try:
+            found = await (self._entries or await self._first_opened()).peek(key)
+        except Exception:  # noqa: BLE001 - as for `find`: then there is what this process has
+            fresh = copy is not None and (copy[1] is None or copy[1] > self._clock.time())
+            return copy[0] if copy is not None and fresh else None
+        try:
+            return None if found is None else Answer.read(found[0], key)
+        except Unreadable:
+            return None
+
     async def keep(self, key: str, answer: Answer, *, namespace: str, renew: bool = False) -> None:
         """Store it, in place of what was there; ``renew`` tells other processes that something was replaced. Never fails."""
         stored = answer.stored(key)

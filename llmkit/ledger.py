@@ -28,7 +28,7 @@ from llmkit import rows
 from llmkit.account import Hold, HoldRefused, Release, Settle
 from llmkit.errors import StoreError
 from llmkit.state.board import Board, clear_boards, was_sent
-from llmkit.state.holds import NOTHING
+from llmkit.state.holds import NOTHING, try_on
 from llmkit.state.owner import current_owner, is_gone
 from llmkit.state.store import (
     AttemptBegun,
@@ -665,6 +665,14 @@ class Ledger:
             return await self._accounts.balances(accounts)
         return await asyncio.to_thread(self._balances, accounts)
 
+    def try_hold(self, hold: Hold, balances: Sequence[Balance]) -> None:
+        """See whether ``hold`` fits accounts of these ``balances``; nothing is held.
+
+        Raises:
+            HoldRefused: it does not.
+        """
+        try_on(hold, balances)
+
     def _balances(self, accounts: Sequence[Account]) -> list[Balance]:
         store = self._ready()
         self._reap(store)
@@ -756,12 +764,15 @@ class Ledger:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def calls(self, limit: int | None = None, since: datetime | float | None = None) -> list[Row]:
+    def calls(
+        self, limit: int | None = None, since: datetime | float | None = None, beginning: str | None = None
+    ) -> list[Row]:
         """The calls, newest last, as dictionaries of all that is known of them.
 
         Args:
             limit: only the newest so many.
             since: only those that started then or later: epoch seconds, or a datetime (a naive one is local time).
+            beginning: only those whose request_id begins so.
 
         ``cost_usd`` is an exact Decimal; None, there and elsewhere, is unknown. Calls of this process that are not on
         disk yet are in it. Blocks for the time of a query.
@@ -774,7 +785,7 @@ class Ledger:
         after = since.timestamp() if isinstance(since, datetime) else since
         found: dict[str, Row] = {}
         for store in self._sources():
-            for row in store.calls(limit=limit, since=after):
+            for row in store.calls(limit=limit, since=after, beginning=beginning):
                 _take(found, row["request_id"], row)
         newest_last = sorted(found.values(), key=lambda row: (row["started"], row["request_id"]))
         return [rows.call_row(row) for row in newest_last[-limit if limit else None :]]

@@ -22,7 +22,7 @@ import math
 import secrets
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.circuit import CircuitState
 from llmkit.endpoint import Endpoint
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["Breaker", "Breakers", "Circuit"]
 
 log = logging.getLogger("llmkit")
+
+T = TypeVar("T")
 
 LONGEST_OPEN_S = 600.0  # a server's Retry-After may keep a circuit open longer than ``open_s``, but not for ever
 LOOK_AGAIN_S = 1.0  # how old what is known of other processes may be
@@ -105,12 +107,23 @@ class Circuit:
         with self._lock:
             if self.state == "closed":
                 return self._era
-            if self.state == "open" and self._clock.now() >= self._reopens_at:
+            if self._is_due():
                 self._enter("half_open")
-            if self.state != "half_open" or self._probes >= self._settings.probes:
+            if not self._has_probes():
                 raise self.refusal()
             self._probes += 1
             return self._era
+
+    def plan(self) -> CircuitOpen | None:
+        """What `admit` would raise now. Nothing is changed by asking."""
+        with self._lock:
+            return None if self.state == "closed" or self._is_due() or self._has_probes() else self.refusal()
+
+    def _is_due(self) -> bool:
+        return self.state == "open" and self._clock.now() >= self._reopens_at
+
+    def _has_probes(self) -> bool:
+        return self.state == "half_open" and self._probes < self._settings.probes
 
     def report(self, ticket: int, failure: ProviderError | None) -> None:
         """The attempt ended: ``failure`` if it says that the endpoint is unwell, else None."""
@@ -352,13 +365,26 @@ class Breakers:
             raise circuit.refusal()
         return ticket, probe
 
+    async def plan(self, endpoint: Endpoint) -> CircuitOpen | None:
+        """What an attempt at ``endpoint`` would be refused with, as far as is known here or elsewhere. Changes nothing."""
+        name = _name(endpoint)
+        known = self._named.get(name)
+        circuit = known or Circuit(endpoint, self._settings, self._clock)
+        if self._is_shared(circuit):
+            assert self._shared is not None
+            found = await self._asking(self._shared.read(name))
+            if found is not None and found.version > circuit.version and not circuit.unshared:
+                circuit = Circuit(endpoint, self._settings, self._clock)
+                circuit.adopt(found, 0)
+        return circuit.plan()
+
     async def tell(self, circuit: Circuit, probe: str | None) -> None:
         """Share what has changed, and let another process have its probe. Never fails."""
         await self._asking(self._share(circuit))
         if probe is not None:
             await self._asking(self._give_back(circuit, probe))
 
-    async def _asking(self, work: Coroutine[Any, Any, bool | None]) -> bool | None:
+    async def _asking(self, work: Coroutine[Any, Any, T | None]) -> T | None:
         """What ``work`` with the store gives; None where the store cannot be reached."""
         if self._shared is None or self._clock.now() < self._away_until:
             work.close()

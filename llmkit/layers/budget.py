@@ -16,18 +16,18 @@ from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from llmkit.account import Hold, HoldRefused
-from llmkit.errors import BudgetExceeded, PriceUnknown
+from llmkit.account import NONE_AHEAD, Hold, HoldRefused, Provision
+from llmkit.errors import BudgetExceeded, CallRejected, PriceUnknown
 from llmkit.events import BudgetWarning, NoRoom, Share, Waiting, emit
 from llmkit.models import prices, tokens, windows
 from llmkit.money import amount, money
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
-    from llmkit.account import Account
-    from llmkit.budgets import Budgets, Scopes
+    from llmkit.account import Account, Balance, Sums
+    from llmkit.budgets import Budgets
     from llmkit.call import Call
     from llmkit.clock import Clock
     from llmkit.endpoint import Endpoint
@@ -79,6 +79,12 @@ class Accounting(Protocol):
     async def reap(self) -> None:
         """End the holds of those who have died."""
 
+    async def balances(self, accounts: Sequence[Account]) -> list[Balance]:
+        """What each has counted."""
+
+    def try_hold(self, hold: Hold, balances: Sequence[Balance]) -> None:
+        """Raise `HoldRefused` where ``hold`` does not fit accounts of these ``balances``; nothing is held."""
+
 
 class Budget:
     """Keeps ``call.max_cost_usd``, ``call.max_total_tokens``, a link's ``max_cost_usd`` and ``params.max_tokens``.
@@ -95,12 +101,67 @@ class Budget:
 
     async def __call__(self, call: Call, call_next: CallNext) -> Reply:
         allowance = await self._allowance(call)
-        if self._budgets is not None:
-            scopes = self._budgets.of(call, call.endpoint)
-            if scopes.accounts:
-                await prices.ready(call.endpoint)
-                return await self._within(call, call_next, allowance, scopes)
-        return await self._sent(call, call_next, allowance)
+        case = await self._case(call, allowance)
+        if case is None:
+            return await self._sent(call, call_next, allowance)
+        return await self._within(call, call_next, case)
+
+    async def plan(self, call: Call, ahead: Mapping[str, Sums] | None = None) -> Provision:
+        """What would be held for the first attempt of ``call``, and whether that fits. Nothing is held, sent or waited for.
+
+        Args:
+            ahead: what will have been settled by then in each account, by its key, beside what has been.
+        """
+        warnings = len(call.trail.warnings)
+        case, refusal = await self._case_or_refusal(call)
+        accounts = case.accounts
+        before = await self._balances(accounts, ahead or {})
+        full: HoldRefused | None = None
+        while refusal is None and full is None and (refused := self._refused(case, before)) is not None:
+            try:
+                full = None if await self._fits_otherwise(call, case, refused) else refused
+            except CallRejected as error:
+                refusal = error
+        waits = None if full is None else _full(full)
+        said = tuple(call.trail.warnings[warnings:])
+        return Provision(*case.size(), accounts, tuple(before), refusal, waits, said)
+
+    async def _case_or_refusal(self, call: Call) -> tuple[_Case, CallRejected | None]:
+        """What is to be held, and the refusal that comes before anything could be."""
+        allowance, accounts = None, ()
+        refusal: CallRejected | None = None
+        try:
+            allowance = await self._allowance(call)
+            case = await self._case(call, allowance)
+            if case is not None:
+                return case, None
+        except CallRejected as error:
+            refusal = error
+            if self._budgets is not None:
+                accounts = self._budgets.of(call, call.endpoint).accounts
+        await prices.ready(call.endpoint)
+        return _Case(call, allowance, accounts, self._clock.time()), refusal
+
+    def _refused(self, case: _Case, before: Sequence[Balance]) -> HoldRefused | None:
+        """What the accounts would say to the hold."""
+        if not case.accounts or self._ledger is None:
+            return None
+        try:
+            self._ledger.try_hold(case.hold(self._ledger.owner), before)
+        except HoldRefused as refused:
+            return refused
+        return None
+
+    async def _balances(self, accounts: tuple[Account, ...], ahead: Mapping[str, Sums]) -> list[Balance]:
+        if self._ledger is None or not accounts:
+            return []
+        return [
+            balance._replace(
+                settled_nanos=balance.settled_nanos + ahead.get(account.key, NONE_AHEAD).nanos,
+                settled_tokens=balance.settled_tokens + ahead.get(account.key, NONE_AHEAD).tokens,
+            )
+            for account, balance in zip(accounts, await self._ledger.balances(accounts), strict=True)
+        ]
 
     async def _sent(self, call: Call, call_next: CallNext, allowance: _Allowance | None) -> Reply:
         if allowance is None:
@@ -115,18 +176,32 @@ class Budget:
 
     # -- budgets -----------------------------------------------------------------------------------------------------
 
-    async def _within(self, call: Call, call_next: CallNext, allowance: _Allowance | None, scopes: Scopes) -> Reply:
-        """Send it with its worst case held; wait, shrink, or refuse where that does not fit."""
-        budgets, ledger = self._budgets, self._ledger
-        assert budgets is not None
-        assert ledger is not None
-        case = _Case(call, allowance, scopes, self._clock.time())
+    async def _case(self, call: Call, allowance: _Allowance | None) -> _Case | None:
+        """What is to be held for an attempt; None where no account is concerned.
+
+        Raises:
+            PriceUnknown: somebody has set a limit in USD, and what it costs is not known.
+        """
+        if self._budgets is None:
+            return None
+        scopes = self._budgets.of(call, call.endpoint)
+        if not scopes.accounts:
+            return None
+        await prices.ready(call.endpoint)
+        case = _Case(call, allowance, scopes.accounts, self._clock.time())
         if scopes.usd and not prices.is_free(call.endpoint) and case.nanos() is None:
             if scopes.usd_set:
                 name = call.endpoint.name
                 raise PriceUnknown(f"the price of {name} is unknown, so a budget in USD could not be kept", model=name)
             if not scopes.tokens:
-                return await self._sent(call, call_next, allowance)  # nobody asked for these limits
+                return None  # nobody asked for these limits
+        return case
+
+    async def _within(self, call: Call, call_next: CallNext, case: _Case) -> Reply:
+        """Send it with its worst case held; wait, shrink, or refuse where that does not fit."""
+        budgets, ledger = self._budgets, self._ledger
+        assert budgets is not None
+        assert ledger is not None
         place = _Place(self._clock, budgets, ledger, call)
         try:
             await place.stand_behind_others(case.accounts)
@@ -151,18 +226,27 @@ class Budget:
         Raises:
             BudgetExceeded: it will not.
         """
-        assert self._budgets is not None
-        unit = refused.unit
         if call.trail.listener is not None and not place.waited_s:
-            emit(call, _no_room(call, refused, case.needed(unit)))
+            emit(call, _no_room(call, refused, case.needed(refused.unit)))
+        if not await self._fits_otherwise(call, case, refused) and not await place.wait(refused):
+            raise self._exceeded(call, refused, case.needed(refused.unit), waited_s=place.waited_s)
+
+    async def _fits_otherwise(self, call: Call, case: _Case, refused: HoldRefused) -> bool:
+        """Make the case smaller, or lift the limit, as far as that may be; False: it would fit but for what others hold.
+
+        Raises:
+            BudgetExceeded: it will not fit.
+        """
+        assert self._budgets is not None
         if self._budgets.settings.at_limit == "warn":
             self._go_on_without(call, case, refused)
         elif await case.count():
-            return  # the count is below the bound that was held first
-        elif refused.settled + case.needed(unit) > refused.limit:
+            pass  # the count is below the bound that was held first
+        elif refused.settled + case.needed(refused.unit) > refused.limit:
             self._shrink(call, case, refused)
-        elif not await place.wait(refused):
-            raise self._exceeded(call, refused, case.needed(unit), waited_s=place.waited_s)
+        else:
+            return False
+        return True
 
     def _shrink(self, call: Call, case: _Case, refused: HoldRefused) -> None:
         """Let the answer be as long as the account allows, or refuse the call.
@@ -415,6 +499,13 @@ def _no_room(call: Call, refused: HoldRefused, needed: int) -> NoRoom:
     return NoRoom(call.request_id, Share(refused.account.scope, unit, *amounts), _amount(unit, needed))
 
 
+def _full(refused: HoldRefused) -> str:
+    """That there is no room, because of what others hold."""
+    say = _words(refused.unit)
+    spent = f"{say(refused.settled)} of {say(refused.limit, whole=True)} spent"
+    return f"{_scope(refused.account)}: {spent}, {say(refused.held)} held by calls in flight"
+
+
 def _scope(account: Account) -> str:
     return tidy(account.scope, limit=100)
 
@@ -437,9 +528,9 @@ def _how_to_raise(account: Account, unit: str) -> str:
 class _Case:
     """The worst case of one attempt: what goes in, what may come out, and what is held for it."""
 
-    def __init__(self, call: Call, allowance: _Allowance | None, scopes: Scopes, at: float) -> None:
+    def __init__(self, call: Call, allowance: _Allowance | None, accounts: tuple[Account, ...], at: float) -> None:
         endpoint, extra, wanted = call.endpoint, call.params.extra, call.params.max_tokens
-        self.accounts = scopes.accounts
+        self.accounts = accounts
         self.allowance = allowance
         self.least = wanted or 1
         self._call = call
@@ -459,6 +550,10 @@ class _Case:
     def _output(self) -> int:
         allowance = self.allowance
         return self._most if allowance is None else min(self._most, allowance.held or allowance.tokens)
+
+    def size(self) -> tuple[int | None, int, int]:
+        """Nano-dollars (None: the price is unknown), tokens in, tokens out."""
+        return self.nanos(), self._input, self._output
 
     def nanos(self, output: int | None = None) -> int | None:
         """None where the price is unknown."""
@@ -537,11 +632,7 @@ class _Place:
     async def wait(self, refused: HoldRefused) -> bool:
         """Until there may be room for what was refused because of what others hold. False: the time is up."""
         ticket = self._line.join(self._call.request_id, refused.account.key)
-        say = _words(refused.unit)
-        reason = (
-            f"{_scope(refused.account)}: {say(refused.settled)} of {say(refused.limit, whole=True)} spent, "
-            f"{say(refused.held)} held by calls in flight"
-        )
+        reason = _full(refused)
         await self._ledger.reap()
         while await self._woken(ticket, reason):
             if self._line.is_first(ticket):

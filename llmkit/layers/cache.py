@@ -57,7 +57,7 @@ class Cache:
             if mode == "only":
                 raise NotCached("the cache is off ([cache] enabled), so nothing is stored in it")
             return await call_next(call)
-        keys = self._keys(call)
+        keys = self.keys(call)
         if keys is None:
             _tell(call, "off")
             if mode == "only":
@@ -72,8 +72,23 @@ class Cache:
         _tell(call, "refresh" if mode == "refresh" else "miss")
         return await self._asked(_Asking(self, call, call_next, keys))
 
-    def _keys(self, call: Call) -> tuple[str, ...] | None:
-        """The key of the first link, and of the whole chain where there is more than one."""
+    async def plan(self, call: Call) -> Answer | None:
+        """The answer that would be given again; None where somebody would be asked. Nothing is changed by looking.
+
+        Raises:
+            NotCached: the call may not ask, and there is no answer.
+        """
+        answer = None
+        keys = () if call.cache == "off" or not self._answers.enabled else self.keys(call) or ()
+        if call.cache != "refresh":
+            for key in keys:
+                answer = answer or await self._answers.peek(key)
+        if answer is None and call.cache == "only":
+            raise NotCached("the answer to this request is not in the cache" if keys else "nothing can be stored of it")
+        return answer
+
+    def keys(self, call: Call) -> tuple[str, ...] | None:
+        """The key of the first link, and of the whole chain where there is more than one; None: it cannot be stored."""
         if len(call.route) == 1:
             key = self._key_of(call, call.route[0].endpoint)
             return None if key is None else (key,)

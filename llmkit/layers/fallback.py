@@ -8,7 +8,7 @@ what is wrong with the request (`InvalidRequest`) stays wrong everywhere and is 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from llmkit.call import Skipped
 from llmkit.clock import within
@@ -30,6 +30,8 @@ from llmkit.events import FellBack, LinkSkipped, emit
 from llmkit.models import table, tokens, windows
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from llmkit.call import Call
     from llmkit.clock import Clock
     from llmkit.endpoint import Endpoint, Link
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from llmkit.reply import Reply
 
 __all__ = ["Fallback"]
+
+T = TypeVar("T")
 
 SICK_AFTER = 3  # failures …
 SICK_WITHIN_S = 5.0  # … within so many seconds: the link is skipped while another is left
@@ -50,6 +54,14 @@ class Fallback:
         self._failures: defaultdict[tuple[str, str, str], deque[float]] = defaultdict(lambda: deque(maxlen=SICK_AFTER))
 
     async def __call__(self, call: Call, call_next: CallNext) -> Reply:
+        return await self.walk(call, call_next)
+
+    async def walk(self, call: Call, call_next: Callable[[Call], Awaitable[T]]) -> T:
+        """What ``call_next`` gives for the first link that it can be had of: a reply, or a plan of one.
+
+        Raises:
+            LLMKitError: of no link.
+        """
         errors: list[LLMKitError] = []
         links = self._healthy_first(call)
         while links:
@@ -76,7 +88,7 @@ class Fallback:
             _skip(call, link, f"failed {SICK_AFTER} times within {SICK_WITHIN_S:g} s")
         return [link for link in call.route if link not in sick] + sick
 
-    async def _through(self, call: Call, call_next: CallNext) -> Reply:
+    async def _through(self, call: Call, call_next: Callable[[Call], Awaitable[T]]) -> T:
         link = call.link
         assert link is not None
         limit = link.max_latency_s

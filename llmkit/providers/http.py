@@ -174,6 +174,14 @@ class Provider:
             self._targets[id(endpoint)] = target
         return target
 
+    def check(self, endpoint: Endpoint) -> None:
+        """That a request could be sent there, as far as is known without sending one.
+
+        Raises:
+            AuthenticationError, CallRejected, ConfigError: it could not: no key, offline, no such address.
+        """
+        self._target(endpoint)
+
     def _key(self, endpoint: Endpoint) -> str | None:
         return self._environ.get(endpoint.api_key_env) if endpoint.api_key_env else None
 

@@ -30,6 +30,7 @@ __all__ = [
     "has_tag",
     "is_whole",
     "tag_of",
+    "try_on",
 ]
 
 HELD, RELEASED = "held", "released"
@@ -128,6 +129,19 @@ def check(hold: Hold, balances: Sequence[Balance]) -> None:
             held_nanos=balance.held_nanos - amount(hold.nanos), held_tokens=balance.held_tokens - amount(hold.tokens)
         )
         raise HoldRefused(account, without, unit)
+
+
+def try_on(hold: Hold, before: Sequence[Balance]) -> None:
+    """That the hold would fit, ``before`` being the balances of its accounts without it.
+
+    Raises:
+        HoldRefused: it would not.
+    """
+    nanos, tokens = amount(hold.nanos), amount(hold.tokens)
+    check(
+        hold,
+        [each._replace(held_nanos=each.held_nanos + nanos, held_tokens=each.held_tokens + tokens) for each in before],
+    )
 
 
 def is_whole(account: Account) -> bool:

@@ -35,6 +35,9 @@ class Entries(Protocol):
     async def get(self, key: str) -> tuple[bytes, float | None] | None:
         """The value and when it expires (epoch seconds; None never); None where there is none, or it has expired."""
 
+    async def peek(self, key: str) -> tuple[bytes, float | None] | None:
+        """What `get` would give. Nothing is changed by it: it is no use of the value, and nothing is removed."""
+
     async def put(self, key: str, value: bytes, *, namespace: str, expires: float | None) -> None:
         """Store it, in place of what was there, and remove the least recently used while the store is over its size.
 

@@ -71,6 +71,17 @@ return redis.call('HMGET', name, 'value', 'expires')
 """,
 )
 
+_PEEK = Script(
+    "look at an answer",
+    _SHELF
+    + """
+local name = P .. 'entry:' .. ARGV[1]
+local size = redis.call('HSTRLEN', name, 'value')
+if size == 0 or size > tonumber(ARGV[2]) then return false end
+return redis.call('HMGET', name, 'value', 'expires')
+""",
+)
+
 _PUT = Script(
     "put an answer",
     _SHELF
@@ -158,13 +169,18 @@ class RedisEntries:
         except StoreError as error:
             self._pass_over(error)
             return None
-        if not isinstance(found, list) or len(found) != 2 or not isinstance(found[0], bytes):
-            return None
-        expires = _seconds(found[1])
-        if expires is not None and not expires > self._clock.time():
+        read = _read(found)
+        if read is not None and self._is_over(read[1]):
             await self.delete(key)
             return None
-        return found[0], expires
+        return read
+
+    async def peek(self, key: str) -> tuple[bytes, float | None] | None:
+        read = _read(await self._server.run(_PEEK, short(key), str(MAX_VALUE), lane=_LANE))
+        return None if read is None or self._is_over(read[1]) else read
+
+    def _is_over(self, expires: float | None) -> bool:
+        return expires is not None and not expires > self._clock.time()
 
     async def put(self, key: str, value: bytes, *, namespace: str, expires: float | None) -> None:
         if len(value) > min(MAX_VALUE, self._max_bytes):
@@ -226,6 +242,13 @@ def _seconds(text: Any) -> float | None:
         return float(text)
     except (TypeError, ValueError):
         return 0.0
+
+
+def _read(found: Any) -> tuple[bytes, float | None] | None:
+    """The value and when it expires, as the server gave them."""
+    if not isinstance(found, list) or len(found) != 2 or not isinstance(found[0], bytes):
+        return None
+    return found[0], _seconds(found[1])
 
 
 def _two_counts(reply: Any) -> tuple[int, int]:
