@@ -343,9 +343,14 @@ class MemoryStore:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def calls(self, *, limit: int | None = None, since: float | None = None) -> list[Row]:
+    def calls(self, *, limit: int | None = None, since: float | None = None, beginning: str | None = None) -> list[Row]:
+        begin = fitting_text(beginning or "")
         with self._lock:
-            rows = [dict(row) for row in self._calls.values() if since is None or row["started"] >= since]
+            rows = [
+                dict(row)
+                for name, row in self._calls.items()
+                if (since is None or row["started"] >= since) and name.startswith(begin)
+            ]
         rows.sort(key=lambda row: (row["started"], row["request_id"]))
         return rows if limit is None else rows[max(0, len(rows) - limit) :]
 

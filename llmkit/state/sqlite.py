@@ -183,8 +183,15 @@ class SQLiteStore:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def calls(self, *, limit: int | None = None, since: float | None = None) -> list[Row]:
-        where, given = ("", []) if since is None else (" WHERE started >= ?", [since])
+    def calls(self, *, limit: int | None = None, since: float | None = None, beginning: str | None = None) -> list[Row]:
+        terms: list[str] = []
+        given: list[Any] = []
+        if since is not None:
+            terms, given = ["started >= ?"], [since]
+        if beginning is not None:  # a range of the key: a ledger may hold millions
+            begin = fitting_text(beginning)
+            terms, given = [*terms, "request_id >= ? AND request_id < ?"], [*given, begin, begin + chr(0x10FFFF)]
+        where = f" WHERE {' AND '.join(terms)}" if terms else ""
         order = " ORDER BY started DESC, request_id DESC LIMIT ?"
         rows = self.database.read(_SELECT_CALLS + where + order, [*given, -1 if limit is None else limit])
         return [dict(zip(CALL_COLUMNS, row, strict=True)) for row in reversed(rows)]

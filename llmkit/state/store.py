@@ -241,8 +241,12 @@ class Store(Protocol):
         Nothing of the commit was applied then. The future fails with the same.
         """
 
-    def calls(self, *, limit: int | None = None, since: float | None = None) -> list[dict[str, Any]]:
+    def calls(
+        self, *, limit: int | None = None, since: float | None = None, beginning: str | None = None
+    ) -> list[dict[str, Any]]:
         """The newest ``limit`` calls that started at ``since`` (epoch seconds) or later, as `CALL_COLUMNS`, newest last.
+
+        ``beginning``: only those whose request_id begins so.
 
         Raises:
             StoreError: it cannot be read.

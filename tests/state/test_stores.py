@@ -136,6 +136,9 @@ def test_calls_come_newest_last_whatever_order_they_were_written_in(store):
     assert [row["request_id"] for row in store.calls(limit=2)] == ["b2", "c"]
     assert [row["request_id"] for row in store.calls(since=2.0)] == ["b1", "b2", "c"]
     assert [row["request_id"] for row in store.calls(since=2.0, limit=1)] == ["c"]
+    assert [row["request_id"] for row in store.calls(beginning="b")] == ["b1", "b2"]
+    assert [row["request_id"] for row in store.calls(beginning="b", since=2.0, limit=1)] == ["b2"]
+    assert store.calls(beginning="%") == store.calls(beginning="_") == []
     assert [row["request_id"] for row in store.calls(limit=99)] == ["a", "b1", "b2", "c"]
 
 
