@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmkit import spending
 from llmkit.errors import ConfigError
 from llmkit.money import money
-from llmkit.notebook import budgets
+from llmkit.notebook import budgets, prompts
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 # Promised for later, so neither unknown nor misspelt.
-LATER = ("show", "dashboard", "record", "replay", "live", "doctor", "plan", "prompts", "chat")
+LATER = ("show", "dashboard", "record", "replay", "live", "doctor", "plan", "chat")
 
 
 class Command(NamedTuple):
@@ -397,6 +397,19 @@ _COMMANDS: dict[str, Command] = {
         ),
     ),
     "calls": Command(_calls, (("%llm calls [N]", "the newest calls of the ledger, as a DataFrame"),)),
+    "prompts": Command(
+        prompts.run,
+        (
+            ("%llm prompts", "the prompts that are kept in this project (%%llm --save NAME)"),
+            ("%llm prompts NAME", "its versions, and what the last one changed"),
+            ("%llm prompts NAME@1 NAME@3", "what lies between two; one alone is shown whole"),
+            ("%llm prompts NAME[@N] remove", "forget it, or one version"),
+        ),
+        more="""%%llm --save summary                          keep the cell's prompt, as the next version of summary
+%%llm --with summary                          begin with its newest version; what the cell says follows
+%%llm_compare --with summary@1,summary@2      compare two versions
+%llm report tag                               what the calls of each version have cost""",
+    ),
     "why": Command(_why, (("%llm why [REQUEST_ID]", "the life of one call; without an id, of the last one"),)),
     "help": Command(_help, (("%llm help [TOPIC]", "this list, or one command with examples"),)),
 }

@@ -13,6 +13,7 @@ from traitlets import Bool, Enum, Float, Int, TraitError, Unicode, Union, observ
 from llmkit.call import CACHE_MODES, TIERS
 from llmkit.errors import ConfigError, LLMKitError
 from llmkit.notebook.arguments import FORMATS, documented, parse
+from llmkit.notebook.bodies import allow_empty
 from llmkit.notebook.budgets import in_words
 from llmkit.notebook.registration import Kept, changed_settings, handle_errors, register, take_back
 from llmkit.notebook.session import MODES, Session, display_mode
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from llmkit.notebook.question import Question
 
 __all__ = ["LLMMagics"]
+
+
+class WrongSetting(ConfigError, TraitError):
+    """A value that is refused by ``%config``. Traitlets goes back to the value before only for errors of its own."""
 
 
 @magics_class
@@ -88,18 +93,20 @@ class LLMMagics(Magics):
         self.undo.append(give_back)
         atexit.register(self.session.close)
         self.undo.append(partial(atexit.unregister, self.session.close))
-        self._set_again({} if kept is None else kept.settings)
+        self.undo.append(allow_empty(self.shell))
+        self.set_again({} if kept is None else kept.settings)
         try:
             self._greet()
         except ConfigError as error:
             print(f"llmkit is loaded, but cannot be used yet:\n{error.block()}", file=sys.stderr)
 
-    def _set_again(self, settings: Mapping[str, Any]) -> None:
+    def set_again(self, settings: Mapping[str, Any]) -> None:
+        """Set what was set before; what does not fit any more is said, and left out."""
         for name, value in settings.items():
             try:
                 setattr(self, name, value)
             except (TraitError, LLMKitError) as error:
-                print(f"llmkit: %config LLMMagics.{name} is not kept: {error}", file=sys.stderr)
+                print(f"llmkit: LLMMagics.{name} is not set, since its value is wrong: {error}", file=sys.stderr)
 
     def end(self, edition: object = None) -> Kept:
         """Leave the shell as it was. Returns what a reload goes on with."""
@@ -127,9 +134,12 @@ class LLMMagics(Magics):
 
         value = proposal["value"]
         if value not in {None, ""}:
-            Options.of({proposal["trait"].name: value})
-            if proposal["trait"].name == "tier" and hasattr(self, "session"):
-                self.session.config.tier(value)
+            try:
+                Options.of({proposal["trait"].name: value})
+                if proposal["trait"].name == "tier" and hasattr(self, "session"):
+                    self.session.config.tier(value)
+            except ConfigError as error:
+                raise WrongSetting(error.message, next_step=error.next_step) from None
         return value
 
     @observe("model", "tier")
@@ -166,14 +176,18 @@ class LLMMagics(Magics):
             raise
 
     def _ask(self, line: str, cell: str, local_ns: Mapping[str, Any]) -> None:
+        from llmkit.notebook.prompts import keep
+
         said = parse(line)
         if said.help:
             print(self.ask.__doc__)
             return
         question = self.question(said, cell, local_ns)
-        for name in ("plan", "repeat", "chat", "schema", "images", "save", "saved"):
+        for name in ("plan", "repeat", "chat", "schema", "images"):
             if getattr(said, name):
                 raise ConfigError(f"%%llm: {name} is not in this version yet")
+        if said.save:
+            keep(self.session.prompts, said, question)
         self._ask_once(said, question)
 
     def question(self, said: CellLine, cell: str, local_ns: Mapping[str, Any]) -> Question:
@@ -184,7 +198,9 @@ class LLMMagics(Magics):
         """
         from llmkit.notebook.question import Question
 
-        question = Question.of(said, cell, settings=self._settings(), names=(self.shell.user_ns, local_ns))
+        kept = self.session.prompts.get(said.saved) if said.saved else None
+        names = (self.shell.user_ns, local_ns)
+        question = Question.of(said, cell, settings=self._settings(), names=names, kept=kept)
         if "tier" not in question.options:
             question.options.setdefault("model", self.session.default.model)
         return question

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import ConfigError
-from llmkit.notebook.template import render
+from llmkit.notebook.prompts import fill, tagged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from llmkit.call import Message
     from llmkit.notebook.arguments import CellLine
+    from llmkit.prompts import KeptPrompt
 
 __all__ = ["Question"]
 
@@ -24,22 +25,31 @@ class Question:
     Attributes:
         prompt: what `llmkit.Client.stream` takes: text, or messages.
         options: its options; ``model`` is among them where the cell or ``%config`` names one.
-        template: the cell's text before its variables were filled in.
+        template: the cell's text before its variables were filled in, behind the kept one that it begins with.
+        kept: that one; None where there is none.
     """
 
     prompt: str | list[Message]
     options: dict[str, Any]
     template: str
+    kept: KeptPrompt | None = None
 
     @classmethod
     def of(
-        cls, said: CellLine, cell: str, *, settings: Mapping[str, Any], names: tuple[Mapping[str, Any], ...]
+        cls,
+        said: CellLine,
+        cell: str,
+        *,
+        settings: Mapping[str, Any],
+        names: tuple[Mapping[str, Any], ...],
+        kept: KeptPrompt | None = None,
     ) -> Question:
         """Fill in the prompt and check all that was said.
 
         Args:
             settings: options of cells that say nothing else, as ``%config`` has them.
             names: the notebook's variables; those of later mappings win.
+            kept: what ``--with`` names.
 
         Raises:
             ConfigError: nothing to ask, or an impossible option.
@@ -50,13 +60,15 @@ class Question:
         instead = {"model": "tier", "tier": "model"}  # each names the model, so what the cell says replaces both
         replaced = {instead[name] for name in instead if name in said.options}
         options = {name: value for name, value in settings.items() if name not in replaced} | said.options
-        template = cell.strip("\n").rstrip()
-        prompt = template
-        if not said.raw:
-            prompt = render(prompt, *names)
-            if "system" in options:
-                options["system"] = render(options["system"], *names)
+        of_settings = kept is None or kept.system is None
+        system = (options if of_settings else said.options).get("system")
+        filled = fill(cell, system, kept, raw=said.raw, names=names)
+        prompt = filled.text
+        if filled.system is not None:
+            options["system"] = filled.system
+        if kept is not None:
+            options["tags"] = tagged(said.options.get("tags"), kept.reference)
         if not prompt.strip():
             raise ConfigError("the prompt is empty", next_step="it stands below the line with %%llm")
         Options.of(options)
-        return cls(prompt=prompt, options=options, template=template)
+        return cls(prompt=prompt, options=options, template=filled.template, kept=kept)

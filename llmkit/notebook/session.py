@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmkit.client import AsyncClient
     from llmkit.config import BudgetSettings, Default
     from llmkit.portal import Portal
+    from llmkit.prompts import Prompts
 
 __all__ = ["MODES", "Session", "display_mode"]
 
@@ -67,6 +68,13 @@ class Session:
 
             self._client = AsyncClient(config=self.config)
         return self._client
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts that are kept in the notebook's project."""
+        from llmkit.prompts import project_of
+
+        return self.client.prompts.of(project_of(self.config, self._folder))
 
     @property
     def budget(self) -> BudgetSettings:
