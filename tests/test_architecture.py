@@ -35,6 +35,7 @@ ORDER = [
     {"state", "models", "guards"},
     {"flight"},
     {"outlet", "reply"},
+    {"schema"},
     {"call", "events", "failure"},
     {
         "calendar",
@@ -44,10 +45,13 @@ ORDER = [
         "account",
         "endpoint",
         "environment",
+        "jsontext",
         "money",
         "places",
         "redaction",
         "shield",
+        "shorthand",
+        "strictness",
     },
     {"errors"},
 ]
@@ -65,6 +69,8 @@ HEAVY = {
     "tenacity",
     "jinja2",
     "redis",
+    "jsonschema_rs",
+    "pydantic",
 }
 
 
