@@ -242,3 +242,25 @@ def test_a_client_that_is_dropped_closes_its_connections_without_a_word(tmp_path
         done = subprocess.run(command, capture_output=True, timeout=30, check=False, env=environ)
     assert (done.returncode, done.stderr) == (0, b"")
     assert simulator.calls == 3
+
+
+def test_a_loop_is_kept_by_its_users_alone() -> None:
+    class User:
+        pass
+
+    one, other = User(), User()
+    loop = portal.shared(one)
+    assert portal.shared(other) is loop
+    portal.leave(one)
+    assert not loop.loop.is_closed()
+    portal.leave(other)
+    assert loop.loop.is_closed()
+    again = portal.shared(one)
+    assert again is not loop
+    with pytest.raises(RuntimeError, match="closed"):
+        loop.run(_number())
+    portal.leave(one)
+
+
+async def _number():
+    return 1

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from llmkit.notebook.magics import LLMMagics
     from llmkit.notebook.registration import Kept
 
 __all__ = ["load", "unload"]
@@ -28,17 +29,33 @@ def load(shell: InteractiveShell, edition: object = None) -> None:
     if LLMMagics.of(shell) is not None:
         return
     kept = _KEPT.pop(shell, None)
-    known = list(shell.configurables)
-    try:
-        magics = LLMMagics(shell)
-    except BaseException:  # a wrong value in IPython's own configuration
-        shell.configurables[:] = known
-        raise
+    magics = _made(shell)
     try:
         magics.begin(kept if kept is not None and kept.edition is not edition else None)
     except BaseException:
         magics.end()
         raise
+
+
+def _made(shell: InteractiveShell) -> LLMMagics:
+    """The magics, set as IPython's configuration says, but for what is wrong there: it is said, and left out.
+
+    IPython keeps there what ``%config`` was given, whether it was taken or refused.
+    """
+    from traitlets import TraitError
+    from traitlets.config import Config
+
+    from llmkit.errors import LLMKitError
+    from llmkit.notebook.magics import LLMMagics
+
+    known = list(shell.configurables)
+    try:
+        return LLMMagics(shell)
+    except (TraitError, LLMKitError):
+        shell.configurables[:] = known
+    magics = LLMMagics(shell, config=Config())
+    magics.set_again(shell.config.get(LLMMagics.__name__, {}))
+    return magics
 
 
 def unload(shell: InteractiveShell, edition: object = None) -> None:

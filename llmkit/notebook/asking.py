@@ -10,6 +10,7 @@ import math
 import signal
 import threading
 import time
+from asyncio import CancelledError
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,7 @@ def ask(
         job.begin()  # in here: an interrupt may come at any moment
         _watch(inbox, progress, view)
         job.result()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, CancelledError):  # cancelled by others: llmkit was unloaded in another thread
         job.cancel()
         raise _interrupted(inbox, progress, view) from None
     except LLMKitError as error:
