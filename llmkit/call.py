@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llmkit.endpoint import Endpoint, Link
     from llmkit.events import Event
     from llmkit.reply import Usage
+    from llmkit.schema import Schema
 
 __all__ = ["CACHE_MODES", "TIERS", "Attempt", "Call", "Message", "Params", "Skipped", "Timeouts", "Trail", "digest_of", "messages_from"]
 
@@ -166,6 +167,7 @@ class Call:
         cache: ``use``, ``refresh`` (ask anew and store), ``off`` (neither read nor store) or ``only`` (never ask).
         repeat: which sample of the answer is wanted: each number has an answer of its own.
         namespace: whose answers may be shared with this call; "" everybody's.
+        schema: the shape that the answer must have; None: any.
         template: the digest of the text that the prompt was made from; None where none was named.
         request_key: what identical requests have in common, set by the cache layer; None above it and where it is off.
         hold: what is set aside for the next attempt, set by the budget layer; None where nothing is.
@@ -192,6 +194,7 @@ class Call:
     cache: str = "use"
     repeat: int = 0
     namespace: str = ""
+    schema: Schema | None = None
     template: str | None = None
     request_key: str | None = None
     link: Link | None = None
@@ -223,6 +226,17 @@ class Call:
             if waiting is not None:
                 await waiting
         self.trail.sent = True
+
+    @property
+    def said(self) -> tuple[Message, ...]:
+        """The messages, with the schema as the instruction that it comes to: for estimates of what goes in."""
+        return self.messages if self.schema is None else self.schema.instructed(self.messages)
+
+    @property
+    def beside(self) -> Mapping[str, Any]:
+        """What the model may read beside the messages: for bounds of what goes in."""
+        extra = self.params.extra
+        return extra if self.schema is None else {**extra, "schema": self.schema.bound}
 
     @property
     def endpoint(self) -> Endpoint:

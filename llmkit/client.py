@@ -228,6 +228,7 @@ class AsyncClient:
             "timeouts": options.timeouts(self.config.timeouts),
             "cache": options.cache or "use",
             "repeat": options.repeat or 0,
+            "schema": options.schema,
             "template": None if options.template is None else digest_of(options.template),
             "namespace": _namespace(self.config.cache.namespace, options.user, tags),
         }

@@ -25,6 +25,7 @@
     │  │  ├─ IdleTimeout            silence between two chunks
     │  │  └─ TotalTimeout           the deadline of the whole call
     │  ├─ BadResponse               what came back is not the wire format
+    │  │  └─ SchemaMismatch         the answer does not fit its schema
     │  ├─ StreamBroken              it ended in the middle
     │  ├─ EmptyReply                billed, but no text
     │  └─ Refused                   a refusal or a content filter
@@ -79,6 +80,7 @@ __all__ = [
     "RateLimited",
     "Refused",
     "ReplayMismatch",
+    "SchemaMismatch",
     "StoreError",
     "StreamBroken",
     "TemplateError",
@@ -379,6 +381,27 @@ class BadResponse(ProviderError):
     """What came back is not the wire format: HTML, garbage, no content, or more than the size limit."""
 
     transient = True
+
+
+class SchemaMismatch(BadResponse):
+    """The answer does not fit the schema of its call. ``reply`` is the last one; its text is kept, and it is billed.
+
+    Attributes:
+        problems: what is wrong with it, in at most ten short sentences.
+        repaired: whether it had been asked for once more.
+    """
+
+    transient = False
+    default_next_step = "simplify the schema, say in the prompt what each field means, or use another model (-m)"
+
+    def __init__(self, message: str, *, problems: Sequence[str] = (), repaired: bool = False, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.problems = tuple(problems)
+        self.repaired = repaired
+
+    def block(self) -> str:
+        head, *rest = super().block().split("\n")
+        return "\n".join([head, *(f"  - {problem}" for problem in self.problems), *rest])
 
 
 class StreamBroken(ProviderError):

@@ -20,6 +20,7 @@ __all__ = [
     "AttemptStarted",
     "BudgetWarning",
     "CacheLooked",
+    "Checking",
     "CircuitChanged",
     "Degraded",
     "Event",
@@ -28,6 +29,7 @@ __all__ = [
     "Held",
     "LinkSkipped",
     "NoRoom",
+    "Repairing",
     "Settled",
     "Share",
     "Waiting",
@@ -151,6 +153,20 @@ class Degraded(Event):
     """No link could answer for now, because of ``reason``: the text that is set for that answers."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checking(Event):
+    """An answer arrives from ``model`` that is shown only when it is whole and fits its schema."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Repairing(Event):
+    """The answer does not fit its schema, because of ``problems``; it is asked for once more."""
+
+    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

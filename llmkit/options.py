@@ -35,6 +35,8 @@ class Options:
         timeout: seconds in all; ``"chat"`` or ``"code"``; or a `llmkit.call.Timeouts`.
         user, tags: whom and what the cost is booked for.
         extra: further fields of the request body, passed on as they are.
+        schema: the shape that the answer must have: a Pydantic class, a JSON schema, or fields in short such as
+            ``"name, age int, tags list"``; see `llmkit.schema.Schema.of`. ``reply.data`` is what it says.
         cache: ``"use"`` (default), ``"refresh"`` (ask anew, and store), ``"off"``, ``"only"`` (never ask).
         repeat: 0 and up: which sample of the answer; each number has an answer of its own in the cache.
         template: the text that the prompt was made from, the same for a whole loop: the ledger keeps a digest of it, and
@@ -56,6 +58,7 @@ class Options:
     user: str | None = None
     tags: Mapping[str, str] | None = None
     extra: Mapping[str, Any] | None = None
+    schema: Any = None
     cache: str | None = None
     repeat: int | None = None
     template: str | None = None
@@ -76,6 +79,10 @@ class Options:
                 near = difflib.get_close_matches(name, _NAMES, 1)
                 hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_NAMES)}"
                 raise ConfigError(f"there is no option {name}{hint}")
+        if given.get("schema") is not None:
+            from llmkit.schema import Schema
+
+            given = {**given, "schema": Schema.of(given["schema"])}
         options = cls(**given)
         options._check()
         return options
@@ -83,6 +90,7 @@ class Options:
     def _check(self) -> None:
         _text("model", self.model)
         self._check_tier()
+        self._check_schema()
         _text("system", self.system)
         _text("user", self.user)
         _text("request_id", self.request_id)
@@ -106,6 +114,10 @@ class Options:
             raise ConfigError("on_event is something that can be called with an event")
         _ = self.max_cost_usd  # reading it checks it
         self.timeouts(Timeouts())
+
+    def _check_schema(self) -> None:
+        if self.schema is not None and isinstance(self.extra, Mapping) and (twice := _SHAPING & self.extra.keys()):
+            raise ConfigError(f"schema says the shape of the answer, and extra's {min(twice)} another: give one of them")
 
     def _check_tier(self) -> None:
         if self.tier is None:
@@ -164,6 +176,7 @@ class Options:
 
 _NAMES = tuple(field.name for field in fields(Options))
 _NONE = Options()
+_SHAPING = frozenset({"response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar"})
 _DEFAULT = Params()
 
 

@@ -155,6 +155,8 @@ class Reply:
     _wanted: Callable[[], bool] | None = None
     _reading_on: asyncio.Task[None] | None = None
     _left = False
+    _data: Any = None
+    _fits = False
 
     def __init__(
         self,
@@ -226,6 +228,23 @@ class Reply:
     def skipped(self) -> tuple[Any, ...]:
         return tuple(self.call.trail.skipped)
 
+    @property
+    def data(self) -> Any:
+        """What the answer says in the shape of its call's schema: an instance of the class, or plain JSON values.
+
+        Raises:
+            ValueError: there was no schema, or the answer does not fit it.
+        """
+        if self._fits:
+            return self._data
+        if self.call.schema is None:
+            raise ValueError("no schema was asked for: schema=… or --schema; reply.json() parses any JSON")
+        raise ValueError("the answer does not fit its schema; reply.text is what it says")
+
+    def fitted(self, data: Any) -> None:
+        """It fits its schema, and says ``data``."""
+        self._data, self._fits = data, True
+
     def json(self) -> Any:
         """The answer parsed as JSON; a Markdown fence around it is taken off.
 
@@ -247,7 +266,9 @@ class Reply:
         return f"<Reply {state} {self.model} {shown!r}>"
 
     def _repr_markdown_(self) -> str:
-        return self.text
+        from llmkit.markdown import harmless
+
+        return harmless(self.text)
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
