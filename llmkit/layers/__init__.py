@@ -42,10 +42,12 @@ def standard(
     from llmkit.layers.meter import Meter
     from llmkit.layers.record import Record
     from llmkit.layers.retry import Retry
+    from llmkit.layers.schema import SchemaCheck
     from llmkit.layers.timeout import Timeout
 
     return [
         Record(ledger),
+        SchemaCheck(),  # what the cache has stored is checked as well
         # guardrails: what may be asked, and what may be answered
         # trim: what does not fit the window goes, before the cache key is made
         Cache(answers, key_of, clock, flights),  # a hit costs neither money nor rate limit

@@ -52,12 +52,14 @@ class AnthropicWire:
 
     def body(self, call: Call, endpoint: Endpoint) -> dict[str, Any]:
         params = call.params
+        shape = None if call.schema is None or "no_json_schema" in endpoint.quirks else call.schema.plain
+        messages = call.messages if shape is not None else call.said
         body: dict[str, Any] = {
             "model": endpoint.model,
             "max_tokens": max_tokens_sent(call, endpoint),
-            "messages": [_said(message, endpoint) for message in call.messages if message.role not in _SYSTEM],
+            "messages": [_said(message, endpoint) for message in messages if message.role not in _SYSTEM],
         }
-        system = "\n\n".join([message.text for message in call.messages if message.role in _SYSTEM])
+        system = "\n\n".join([message.text for message in messages if message.role in _SYSTEM])
         if system:
             body["system"] = system
         if call.stream:
@@ -68,7 +70,12 @@ class AnthropicWire:
             body["top_p"] = params.top_p
         if params.stop:
             body["stop_sequences"] = list(params.stop)
-        return merged(body, params.extra, _RESERVED) if params.extra else body
+        body = merged(body, params.extra, _RESERVED) if params.extra else body
+        if shape is not None:
+            config = body.get("output_config")  # the user's own, such as an effort
+            form = {"format": {"type": "json_schema", "schema": shape}}
+            body["output_config"] = {**config, **form} if isinstance(config, dict) else form
+        return body
 
     def decoder(self, head: Head) -> AnthropicDecoder:
         return AnthropicDecoder(head)

@@ -88,7 +88,7 @@ def _question(call: Call) -> Any:
     params = call.params
     if params.extra:
         return None
-    said: list[Any] = [call.namespace, call.repeat]
+    said: list[Any] = [call.namespace, call.repeat, None if call.schema is None else call.schema.key]
     length = 0
     for message in call.messages:
         content = message.content

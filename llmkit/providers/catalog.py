@@ -31,6 +31,8 @@ __all__ = ["CATALOG", "QUIRKS", "ProviderEntry", "base_url_from", "located", "mo
 QUIRKS = {
     "max_completion_tokens": "the output limit is sent under this name; reasoning models there refuse max_tokens",
     "no_done": "streams end without the [DONE] frame; every stream is read so that this does no harm",
+    "no_json_object": "takes no response_format json_object; asked in words alone where it takes no schema either",
+    "no_json_schema": "takes no schema of the answer; it is asked for in words, and with response_format json_object",
     "no_stream_options": "refuses stream_options; usage comes unasked, or not at all",
     "random_seed": "the seed is called random_seed",
 }
@@ -124,7 +126,7 @@ _ENTRIES = (
         "no_stream_options",
         "random_seed",
     ),
-    _hosted("deepseek", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", "deepseek-chat"),
+    _hosted("deepseek", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", "deepseek-chat", "no_json_schema"),
     _hosted("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", "llama-3.3-70b-versatile"),
     _hosted("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "openai/gpt-5-mini"),
     _hosted("xai", "https://api.x.ai/v1", "XAI_API_KEY"),
@@ -146,7 +148,7 @@ _ENTRIES = (
     _local("llamacpp", 8080, "llamacpp", key="LLAMA_API_KEY"),
     _local("sglang", 30000, "sglang"),
     # Entries without a mark of their own come after those with one on the same port: they take what is left.
-    _local("transformers", 8000, None, "no_done"),
+    _local("transformers", 8000, None, "no_done", "no_json_schema", "no_json_object"),
     _local("tgi", 8080),
     ProviderEntry(name="simulator", base_url="http://simulator.invalid/v1", simulated=True),
 )

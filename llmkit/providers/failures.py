@@ -118,10 +118,18 @@ def _message(error: dict[str, Any]) -> str:
         if isinstance(value, str) and value:
             return value
         if isinstance(value, list):  # FastAPI's list of what is wrong
-            return "; ".join(str(item.get("msg", "")) for item in value[:5] if isinstance(item, dict))
+            return "; ".join(_wrong(item) for item in value[:5] if isinstance(item, dict))
         if isinstance(value, dict):
             return _message(value)
     return ""
+
+
+def _wrong(item: dict[str, Any]) -> str:
+    """One entry of FastAPI's: the field, and what is wrong with it."""
+    place = item.get("loc")
+    names = [name for name in place[:10] if isinstance(name, str) and name != "body"] if isinstance(place, list) else []
+    said = str(item.get("msg", ""))
+    return f"{'.'.join(names)}: {said}" if names else said
 
 
 def _title(page: str) -> str:

@@ -31,6 +31,7 @@ from llmkit.providers.anthropic import AnthropicWire
 from llmkit.providers.failures import complaint_in, complaint_of, error_from
 from llmkit.providers.headers import provider_request_id
 from llmkit.providers.openai import OpenAIWire
+from llmkit.providers.shapes import Shapes
 from llmkit.providers.sse import EventReader, EventTooLarge
 from llmkit.providers.wire import ErrorInside, Malformed, Signal, encoded, parsed
 from llmkit.redaction import REDACTED, Screen, redact, secret_in, tidy
@@ -122,6 +123,7 @@ class Provider:
         self._simulator = simulator
         self._engine: AiohttpTransport | None = None
         self._targets: dict[int, _Target] = {}
+        self._shapes = Shapes()
 
     async def __call__(self, call: Call) -> Reply:
         """A reply at its first token: its first text, reasoning or piece of a tool call.
@@ -137,8 +139,9 @@ class Provider:
         source = _Source(exchange, target, head, self._clock)
         try:
             first = await source.open()
-        except BaseException:
+        except BaseException as error:
             await source.aclose()
+            self._shapes.hear(call, call.endpoint, error)
             raise
         reply = Reply(
             call,
@@ -205,7 +208,7 @@ class Provider:
         """Send the request, and wait for the head of the response."""
         endpoint = target.endpoint
         try:
-            body = encoded(target.wire.body(call, endpoint))
+            body = encoded(target.wire.body(call, self._shapes.seen(call, endpoint)))
         except (ValueError, TypeError, RecursionError) as error:
             why = tidy(str(error), target.key)
         else:

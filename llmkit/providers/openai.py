@@ -8,6 +8,8 @@ Deviations are quirks of an endpoint, listed in `llmkit.providers.catalog.QUIRKS
     the seed goes by this name.
 ``max_completion_tokens``
     the output limit is sent under this name (OpenAI itself; reasoning models there refuse ``max_tokens``).
+``no_json_schema``, ``no_json_object``
+    the server does not take ``response_format`` of that type; a schema is then an instruction in the system message.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from llmkit.providers.wire import ErrorInside, Malformed, Signal, ToolCalls, amo
 from llmkit.reply import Chunk, Usage
 
 if TYPE_CHECKING:
-    from llmkit.call import Call
+    from llmkit.call import Call, Message
     from llmkit.endpoint import Endpoint
     from llmkit.reply import Head
+    from llmkit.schema import Schema
 
 __all__ = ["OpenAIDecoder", "OpenAIWire"]
 
@@ -38,10 +41,13 @@ class OpenAIWire:
 
     def body(self, call: Call, endpoint: Endpoint) -> dict[str, Any]:
         params = call.params
+        messages, form = (call.messages, None) if call.schema is None else _shaped(call, call.schema, endpoint)
         body: dict[str, Any] = {
             "model": endpoint.model,
-            "messages": [{"role": message.role, "content": message.content} for message in call.messages],
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
         }
+        if form is not None:
+            body["response_format"] = form
         if call.stream:
             body["stream"] = True
             if "no_stream_options" not in endpoint.quirks:
@@ -61,6 +67,17 @@ class OpenAIWire:
 
     def decoder(self, head: Head) -> OpenAIDecoder:
         return OpenAIDecoder(head)
+
+
+def _shaped(
+    call: Call, schema: Schema, endpoint: Endpoint
+) -> tuple[tuple[Message, ...], dict[str, Any] | None]:
+    """The messages and the ``response_format`` that ask for the shape: enforced by the service, or in words."""
+    if "no_json_schema" not in endpoint.quirks:
+        strict = schema.strict
+        described = {"name": schema.name, "schema": strict or schema.asked, "strict": strict is not None}
+        return call.messages, {"type": "json_schema", "json_schema": described}
+    return call.said, None if "no_json_object" in endpoint.quirks else {"type": "json_object"}
 
 
 class OpenAIDecoder:

@@ -1,0 +1,148 @@
+"""See to it that an answer has the shape that was asked for: checked when it is whole, and asked for once more if not.
+
+Above the cache, so that a stored answer is checked like any other, and both the first answer and the repaired one come
+from there the next time. Below the record, so that all of it is one call: one id, one deadline, one trail, and so one
+cap on all of its cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from llmkit.call import Message
+from llmkit.errors import LLMKitError, SchemaMismatch
+from llmkit.events import Checking, Repairing, emit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llmkit.call import Call
+    from llmkit.pipeline import CallNext
+    from llmkit.reply import Reply
+    from llmkit.schema import Schema
+
+__all__ = ["SchemaCheck"]
+
+LONGEST_REPEATED = 100_000
+"""Characters of an answer up to which it is sent back to be repaired. A longer one is asked for by its problems alone."""
+
+QUICK = 50_000  # characters; reading more is done on a thread
+_FREE = frozenset({"cache", "coalesced"})
+
+
+class SchemaCheck:
+    """Hands on replies that fit ``call.schema``; a call without one passes untouched."""
+
+    async def __call__(self, call: Call, call_next: CallNext) -> Reply:
+        schema = call.schema
+        if schema is None:
+            return await call_next(call)
+        reply = await _whole(call, call_next)
+        problems = await _problems(schema, reply)
+        if not problems:
+            return reply
+        why = _no_use(reply)
+        if why is not None:
+            raise _mismatch(reply, problems, why)
+        emit(call, Repairing(call.request_id, tuple(problems)))
+        last = await _repaired(call, call_next, reply, problems)
+        if left := await _problems(schema, last):
+            raise _mismatch(last, left, "nor did the first answer", repaired=True)
+        return last
+
+
+async def _whole(call: Call, call_next: CallNext) -> Reply:
+    """A reply that has ended. One that broke says so itself, to whoever reads it."""
+    reply = await call_next(call)
+    if reply.outcome is None:
+        emit(call, Checking(call.request_id, reply.model))
+    try:
+        await reply.read()
+    except LLMKitError as error:
+        if reply.outcome is None or reply.outcome.error is not error:
+            raise
+    return reply
+
+
+async def _problems(schema: Schema, reply: Reply) -> Sequence[str]:
+    """What is wrong with the answer; nothing if it fits, and nothing of one that broke."""
+    if reply.outcome is not None and reply.outcome.status == "failed":
+        return ()
+    text = reply.text
+    try:
+        data = schema.read(text) if len(text) <= QUICK else await asyncio.to_thread(schema.read, text)
+    except ValueError as error:
+        return getattr(error, "problems", (str(error),))
+    reply.fitted(data)
+    return ()
+
+
+def _no_use(reply: Reply) -> str | None:
+    """Why asking again would not help, if so."""
+    if reply.cut is not None:
+        return f"it was cut because it reached {reply.cut}, and so would be the next one"
+    if reply.finish_reason in {"length", "max_tokens"}:
+        return "it was cut at the limit of output tokens, and so would be the next one"
+    if reply.outcome is not None and reply.outcome.status != "complete":
+        return "it was broken off"
+    if reply.source == "degraded":
+        return "no model could answer, and the text of [degraded] is none in this shape"
+    if not reply.text.strip():
+        return "it has no text"
+    return None
+
+
+async def _repaired(call: Call, call_next: CallNext, reply: Reply, problems: Sequence[str]) -> Reply:
+    """The answer to the same question, told what was wrong with the first.
+
+    Raises:
+        LLMKitError: it could not be asked; ``error.reply`` is then the first answer.
+    """
+    trail = call.trail
+    saved, trail.saved = trail.saved, None
+    try:
+        last = await _whole(call.to(messages=(*call.messages, *_correction(call, reply.text, problems))), call_next)
+    except LLMKitError as error:
+        if error.reply is None or not error.reply.text:
+            error.reply = reply
+        said = f"the first answer, which is kept, does not fit its schema ({problems[0]}), and could not be repaired"
+        error.next_step = f"{said}; {error.next_step}" if error.next_step else said
+        raise
+    finally:
+        if saved is not None:
+            trail.saved = saved if trail.saved is None else saved + trail.saved
+    return last
+
+
+def _correction(call: Call, text: str, problems: Sequence[str]) -> tuple[Message, ...]:
+    assert call.schema is not None
+    listed = "\n".join(f"- {problem}" for problem in problems)
+    # With the schema once more: a server may have ignored it where it was told by a field of the request.
+    asked = f"That answer does not fit:\n{listed}\n\nAnswer again, mended. {call.schema.instruction}"
+    if len(text) > LONGEST_REPEATED:
+        return (Message("user", asked),)
+    return (Message("assistant", text), Message("user", asked))
+
+
+def _mismatch(reply: Reply, problems: Sequence[str], why: str, *, repaired: bool = False) -> SchemaMismatch:
+    cut = "cut" in why and not repaired
+    error = SchemaMismatch(
+        f"the answer of {reply.model} does not fit its schema; {why}",
+        problems=problems,
+        repaired=repaired,
+        provider=reply.provider,
+        model=reply.model,
+        provider_request_id=reply.head.provider_request_id,
+        next_step=_next_step(reply, is_cut=cut),
+    )
+    error.reply = reply
+    return error
+
+
+def _next_step(reply: Reply, *, is_cut: bool) -> str | None:
+    if is_cut:
+        return "raise --max-tokens or --max-cost, or ask for less"
+    if reply.source in _FREE:
+        return f"that answer was stored: --cache refresh asks anew; or {SchemaMismatch.default_next_step}"
+    return None
