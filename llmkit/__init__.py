@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmkit.call import Message
     from llmkit.client import AsyncClient, Client
     from llmkit.config import Config
+    from llmkit.plan import Plan
     from llmkit.reply import Reply, Usage
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "Client",
     "Config",
     "Message",
+    "Plan",
     "Reply",
     "Usage",
     "load_ipython_extension",
@@ -39,6 +41,7 @@ _HOMES = {
     "Client": "llmkit.client",
     "Config": "llmkit.config",
     "Message": "llmkit.call",
+    "Plan": "llmkit.plan",
     "Reply": "llmkit.reply",
     "Usage": "llmkit.reply",
 }

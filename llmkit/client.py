@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from llmkit.comparison import Comparison
     from llmkit.events import AlertRaised
     from llmkit.flight import SingleFlight
+    from llmkit.plan import Plan
     from llmkit.portal import Portal
     from llmkit.prompts import Prompts
     from llmkit.reply import Reply
@@ -130,6 +131,7 @@ class AsyncClient:
         self._model: str | None = None
         self._templates: dict[str, Call] = {}
         self._arriving: WeakSet[Reply] = WeakSet()
+        _CLIENTS.add(self)
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -155,11 +157,34 @@ class AsyncClient:
         """
         return Opening(self, prompt, options)
 
+    async def plan(
+        self, prompt: str | Message | Sequence[Message | Mapping[str, Any]], *, after: Sequence[Plan] = (), **options: Any
+    ) -> Plan:
+        """What a call would take and come to; nothing is sent, held, stored or waited for. See `llmkit.Plan`.
+
+        Args:
+            prompt, options: as for `complete`.
+            after: plans of calls that will be made before: what they cost counts as spent, their answers as stored.
+
+        Raises:
+            ConfigError: the call could not be made at all. That it would be refused is in ``plan.refusal``.
+            StoreError: the accounts of the budgets cannot be read.
+        """
+        from llmkit.planner import Planner
+
+        call = await self._asked_call(prompt, False, Options.of(options).unheard())
+        planner = Planner(
+            self._pipeline.layers,
+            breakers=self.circuits,
+            ledger=self.ledger,
+            provider=self._provider,
+            clock=self.clock,
+            attempts=self.config.retry.attempts,
+        )
+        return await planner.plan(call, after)
+
     async def _open(self, prompt: Any, *, stream: bool, options: dict[str, Any]) -> Reply:
-        asked = Options.of(options)
-        if asked.model is None and asked.tier is None and self._model is None:
-            await asyncio.to_thread(self.default_model)  # it may look for local servers
-        call = self._call(prompt, stream, asked)
+        call = await self._asked_call(prompt, stream, Options.of(options))
         waiting = self._pipeline(call)
         if self._alerts.are_heard(call):
             waiting = settled(waiting, functools.partial(self._alerts.settled, call))
@@ -167,6 +192,11 @@ class AsyncClient:
         if stream:
             self._arriving.add(reply)
         return reply
+
+    async def _asked_call(self, prompt: Any, stream: bool, asked: Options) -> Call:
+        if asked.model is None and asked.tier is None and self._model is None:
+            await asyncio.to_thread(self.default_model)  # it may look for local servers
+        return self._call(prompt, stream, asked)
 
     def _call(self, prompt: Any, stream: bool, options: Options) -> Call:
         common = self._common(self._model_of(options))
@@ -450,6 +480,12 @@ class Client:
         """See `AsyncClient.complete`. An interrupt closes the connection, settles, and is raised again."""
         return self._bridged(self._client.complete(prompt, **options))
 
+    def plan(
+        self, prompt: str | Message | Sequence[Message | Mapping[str, Any]], *, after: Sequence[Plan] = (), **options: Any
+    ) -> Plan:
+        """See `AsyncClient.plan`."""
+        return self._portal.run(self._client.plan(prompt, after=after, **options))
+
     def stream(self, prompt: str | Message | Sequence[Message | Mapping[str, Any]], **options: Any) -> Reply:
         """``with client.stream(…) as reply: for chunk in reply: …``; begins at the first token."""
         return self._bridged(_awaited(self._client.stream(prompt, **options)))
@@ -652,8 +688,17 @@ def new_request_id(clock: Clock) -> str:
 
 # Seeded by the system, and apart from the generator that users seed: ids must never repeat. They are no secrets.
 _CHANCE = random.Random()  # noqa: S311
+_CLIENTS: WeakSet[AsyncClient] = WeakSet()
+
+
+def _in_child() -> None:
+    _CHANCE.seed()
+    for client in list(_CLIENTS):
+        client._arriving.clear()  # what arrives is the parent's
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_CHANCE.seed)
+    os.register_at_fork(after_in_child=_in_child)
 
 
 @functools.cache

@@ -128,6 +128,10 @@ class Options:
             message = f"a call has a model or a tier, not both: {self.model!r:.60} and {self.tier!r}"
             raise ConfigError(message, next_step="leave one of them out; [tiers] says which model a tier is")
 
+    def unheard(self) -> Options:
+        """The same, of which nobody hears anything."""
+        return self if self.on_event is None else replace(self, on_event=None)
+
     @property
     def are_given(self) -> bool:
         """Whether anything was said at all."""

@@ -128,7 +128,8 @@ class Budget:
 
     async def _case_or_refusal(self, call: Call) -> tuple[_Case, CallRejected | None]:
         """What is to be held, and the refusal that comes before anything could be."""
-        allowance, accounts = None, ()
+        allowance: _Allowance | None = None
+        accounts: tuple[Account, ...] = ()
         refusal: CallRejected | None = None
         try:
             allowance = await self._allowance(call)

@@ -79,13 +79,18 @@ class Cache:
             NotCached: the call may not ask, and there is no answer.
         """
         answer = None
-        keys = () if call.cache == "off" or not self._answers.enabled else self.keys(call) or ()
+        keys = () if call.cache == "off" or not self.is_on else self.keys(call) or ()
         if call.cache != "refresh":
             for key in keys:
                 answer = answer or await self._answers.peek(key)
         if answer is None and call.cache == "only":
             raise NotCached("the answer to this request is not in the cache" if keys else "nothing can be stored of it")
         return answer
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is looked up or stored at all."""
+        return self._answers.enabled
 
     def keys(self, call: Call) -> tuple[str, ...] | None:
         """The key of the first link, and of the whole chain where there is more than one; None: it cannot be stored."""

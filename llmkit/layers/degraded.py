@@ -33,7 +33,7 @@ class Degraded:
         try:
             return await call_next(call)
         except LLMKitError as error:
-            if not _is_outage(error):
+            if not is_outage(error):
                 raise
             emit(call, DegradedNow(call.request_id, f"{type(error).__name__}: {error.message}"))
         head = Head()
@@ -42,7 +42,7 @@ class Degraded:
         return Reply(call, NOTHING, head=head, clock=self._clock, first=[Chunk(call.degraded_text)], where="degraded")
 
 
-def _is_outage(error: LLMKitError) -> bool:
+def is_outage(error: LLMKitError) -> bool:
     if isinstance(error, AllModelsFailed):
-        return any(_is_outage(each) for each in error.errors)
+        return any(is_outage(each) for each in error.errors)
     return isinstance(error, CircuitOpen | QuotaExhausted) or (isinstance(error, ProviderError) and error.transient)

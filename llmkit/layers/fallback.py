@@ -66,7 +66,7 @@ class Fallback:
         links = self._healthy_first(call)
         while links:
             link = links.pop(0)
-            if reason := self._unusable(link, errors):
+            if reason := self.unusable(link, errors):
                 _skip(call, link, reason)
                 continue
             try:
@@ -124,7 +124,7 @@ class Fallback:
                 window=window,
             )
 
-    def _unusable(self, link: Link, errors: list[LLMKitError]) -> str | None:
+    def unusable(self, link: Link, errors: list[LLMKitError]) -> str | None:
         """Why this link cannot serve this call, if so."""
         if link.disabled:
             return "disabled"
