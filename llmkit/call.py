@@ -121,6 +121,7 @@ class Trail:
     answer would have cost. ``warnings``: what the caller should know although nothing failed, in sentences.
     ``sent``: whether the attempt under way has gone out, False between attempts; None where nobody notes it.
     ``asked``: tells the first request of this call from a different one, in this process only.
+    ``repairs``: how often the answer was asked for again because it did not fit its schema.
     """
 
     listener: Callable[[Event], object] | None = None
@@ -132,6 +133,7 @@ class Trail:
     warnings: list[str] = field(default_factory=list)
     sent: bool | None = None
     asked: int | None = None
+    repairs: int = 0
 
     @property
     def spent(self) -> Decimal | None:

@@ -11,7 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from llmkit.account import Release, Settle
-from llmkit.errors import AllModelsFailed, CallRejected, LLMKitError
+from llmkit.errors import AllModelsFailed, CallRejected, LLMKitError, SchemaMismatch
 from llmkit.models.prices import from_nanos, to_nanos
 from llmkit.reply import Usage
 from llmkit.state.store import AttemptBegun, AttemptEnded, CallBegun, CallEnded, CallServed
@@ -118,7 +118,8 @@ def hold_ended(hold: Hold, attempt: Attempt) -> Settle | Release:
 
 def call_ended(call: Call, outcome: Outcome, *, now: float, attempts: int, retries: int) -> CallEnded:
     """How a call ended. ``now`` is on `Clock.now`'s scale; ``attempts`` and ``retries`` are how many there were."""
-    reply, error, made = outcome.reply, outcome.error, call.trail.attempts
+    error, made = outcome.error, call.trail.attempts
+    reply = error.reply if isinstance(error, SchemaMismatch) else outcome.reply
     latency = reply.latency_s if reply is not None else None
     usage = NOTHING_USED if reply is not None and reply.source in FREE_SOURCES and not made else _summed(made)
     return CallEnded(

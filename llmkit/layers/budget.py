@@ -380,7 +380,7 @@ class Budget:
             cap, scope = link.max_cost_usd, "link"
         if cap is None or prices.is_free(endpoint):
             return None
-        at, extra, wanted = self._clock.time(), call.params.extra, call.params.max_tokens
+        at, extra, wanted = self._clock.time(), call.beside, call.params.max_tokens
         bound = tokens.upper_bound(call.messages, model=endpoint.model, extra=extra)
         plain = not extra and not call.trail.attempts and all(isinstance(m.content, str) for m in call.messages)
         if plain and self._is_harmless(endpoint, cap, wanted, at, bound):
@@ -435,7 +435,7 @@ class Budget:
         cap = call.max_total_tokens
         if cap is None:
             return None
-        extra = call.params.extra
+        extra = call.beside
         counted = tokens.upper_bound(call.messages, model=call.endpoint.model, extra=extra)
         least = call.params.max_tokens or 1
         left = cap - call.trail.tokens
@@ -530,7 +530,7 @@ class _Case:
     """The worst case of one attempt: what goes in, what may come out, and what is held for it."""
 
     def __init__(self, call: Call, allowance: _Allowance | None, accounts: tuple[Account, ...], at: float) -> None:
-        endpoint, extra, wanted = call.endpoint, call.params.extra, call.params.max_tokens
+        endpoint, extra, wanted = call.endpoint, call.beside, call.params.max_tokens
         self.accounts = accounts
         self.allowance = allowance
         self.least = wanted or 1
@@ -582,7 +582,7 @@ class _Case:
             return False
         self._is_counted = True
         bound, call = self._input, self._call
-        counted = await tokens.safe_count(call.endpoint, call.messages, extra=call.params.extra)
+        counted = await tokens.safe_count(call.endpoint, call.messages, extra=call.beside)
         self._input = min(bound, counted)
         return self._input < bound
 

@@ -114,9 +114,9 @@ class Fallback:
         """
         endpoint = link.endpoint
         window = windows.window(endpoint) if endpoint.window is not None or table.is_loaded() else None
-        if window is None or tokens.upper_bound(call.messages, model=endpoint.model) <= window:
+        if window is None or tokens.upper_bound(call.said, model=endpoint.model) <= window:
             return
-        count = await tokens.count_input(endpoint, call.messages)
+        count = await tokens.count_input(endpoint, call.said)
         if count.tokens > window and (count.exact or others):
             raise ContextTooLong(
                 f"{endpoint.name}: {count.tokens} tokens{'' if count.exact else ' (estimated)'} do not fit its window of {window}",

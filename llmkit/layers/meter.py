@@ -122,7 +122,7 @@ class Meter:
         if usage is None or broken or not usage.input_tokens or not usage.output_tokens:
             text = "".join([chunk.text for chunk in reply.arrived]) + _unshown(reply.head)
             reasoning = "".join([chunk.reasoning for chunk in reply.arrived])
-            counted = await tokens.counted(call.endpoint, call.messages, text, reasoning, chunks=len(reply.arrived))
+            counted = await tokens.counted(call.endpoint, call.said, text, reasoning, chunks=len(reply.arrived))
             usage = counted if usage is None else _larger(usage, counted)
         reply.usage = usage
         return usage

@@ -46,6 +46,7 @@ class SchemaCheck:
         if why is not None:
             raise _mismatch(reply, problems, why)
         emit(call, Repairing(call.request_id, tuple(problems)))
+        call.trail.repairs += 1
         last = await _repaired(call, call_next, reply, problems)
         if left := await _problems(schema, last):
             raise _mismatch(last, left, "nor did the first answer", repaired=True)

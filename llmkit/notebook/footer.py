@@ -160,11 +160,14 @@ def _detours(reply: Reply) -> Iterator[Part]:
     """Retries, and the links that were left."""
     tried = {f"{a.provider}:{a.model}" for a in reply.attempts[:-1]}
     left = sum(skipped.endpoint in tried for skipped in reply.skipped if _is_error(skipped.reason))
-    retries = len(reply.attempts) - max(1, left + (reply.source != "degraded"))
+    repairs = reply.call.trail.repairs
+    retries = len(reply.attempts) - max(1, left + (reply.source != "degraded")) - repairs
     if retries > 0:
         statuses = {str(a.http_status or a.error) for a in reply.attempts[:-1] if a.status == "failed"}
         why = f" ({', '.join(sorted(statuses))})" if statuses else ""
         yield Part(tidy(_count(retries, "retry", "retries") + why, limit=100))
+    if repairs:
+        yield Part("asked again to fit its schema")
     for skipped in reply.skipped:
         if _is_error(skipped.reason):
             yield Part(f"fell back from {tidy(skipped.endpoint, limit=100)} ({skipped.reason.partition(':')[0]})")
