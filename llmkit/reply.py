@@ -245,6 +245,11 @@ class Reply:
         """It fits its schema, and says ``data``."""
         self._data, self._fits = data, True
 
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """What its readers have been given so far."""
+        return tuple(self._chunks)
+
     def json(self) -> Any:
         """The answer parsed as JSON; a Markdown fence around it is taken off.
 

@@ -10,7 +10,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmkit.notebook.footer import as_html, as_text, metadata, status_html
-from llmkit.notebook.formats import bundle, plain
+from llmkit.notebook.formats import bundle, growing_markdown, plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from llmkit.reply import Reply
 
 __all__ = ["View", "view_for"]
+
+LONGEST_DRAWN = 200_000
+"""Characters of an answer up to which it is seen to grow: each drawing sends and renders all of them."""
+
+# What is put out below the frame stays hidden until the frame is empty, so that the page changes in one step: neither
+# is the answer ever there twice, nor not at all. Where the page is no JupyterLab it does nothing.
+_CHILD = ".jp-OutputArea-child"
+_HANDING_OVER = (
+    f'<style class="llmkit-live">{_CHILD}:has(.llmkit-live) ~ {_CHILD}:not(:has(.llmkit-live))'
+    "{height:0!important;min-height:0!important;margin:0!important;padding:0!important;overflow:hidden!important}</style>"
+)
 
 
 class View(Protocol):
@@ -84,46 +95,57 @@ class Final:
 
 
 class Live:
-    """Two outputs of a notebook cell that are drawn anew: the answer, and below it the status that becomes the footer.
+    """A notebook cell in which the answer grows in a frame; in the end the frame is empty and the answer an output.
 
-    Until text arrives the upper one holds the status.
+    What a saved notebook holds is then what was put out first, and no output that was updated: tools that compare
+    notebooks, nbval among them, do not follow updates. An empty frame takes no space, and they do not see it.
     """
 
     timings = True
 
     def __init__(self, form: str) -> None:
         self._form = form
-        self._answer = _Output()
-        self._below = _Output()
+        self._frame = _Frame()
 
     def waiting(self, status: str) -> None:
-        self._answer.show({"text/html": status_html(status), "text/plain": status})
+        self._frame.show("", status)
 
     def growing(self, text: str, status: str) -> None:
-        self._answer.show(bundle(text, self._form))
-        self._below.show({"text/html": status_html(status), "text/plain": status})
+        if len(text) > LONGEST_DRAWN:
+            status = f"{status} {len(text):,} characters so far; what follows is shown at the end"
+            text = text[:LONGEST_DRAWN]
+        self._frame.show(growing_markdown(text, self._form), status, text)
 
     def done(self, reply: Reply | None, footer: Sequence[Part]) -> None:
-        if reply is None:
-            if footer or self._answer.shown:
-                self._answer.show(_footer(footer))
-            return
-        self._answer.show(bundle(reply.text, self._form), metadata(reply))
-        self._below.show(_footer(footer))
+        if reply is not None:
+            _publish(bundle(reply.text, self._form), metadata(reply))
+        if footer:
+            _publish(_footer(footer))
+        self._frame.empty()
 
 
-class _Output:
-    """One output of a cell that can be drawn anew."""
+class _Frame:
+    """One output of a cell that is drawn anew; it begins and ends without any content."""
 
     def __init__(self) -> None:
-        self.shown: dict[str, str] | None = None
+        self._shown: tuple[str, str] | None = None
         self._id = uuid.uuid4().hex
 
-    def show(self, data: dict[str, str], about: dict[str, Any] | None = None) -> None:
-        if data == self.shown and about is None:
-            return
-        _publish(data, about, transient={"display_id": self._id}, update=self.shown is not None)
-        self.shown = data
+    def show(self, markdown: str, status: str, text: str = "") -> None:
+        if self._shown is None:
+            _publish({}, transient={"display_id": self._id})
+        if (markdown, status) != self._shown:
+            below = f"{status_html(status)}{_HANDING_OVER}"
+            lines = f"{plain(text)}\n\n{status}" if text else status
+            self._update({"text/markdown": f"{markdown}\n\n{below}" if markdown else below, "text/plain": lines})
+            self._shown = (markdown, status)
+
+    def empty(self) -> None:
+        if self._shown is not None:
+            self._update({})
+
+    def _update(self, data: dict[str, str]) -> None:
+        _publish(data, transient={"display_id": self._id}, update=True)
 
 
 class Terminal:

@@ -78,18 +78,27 @@ class Frontend:
     """What a notebook shows: its outputs, in their places."""
 
     def __init__(self):
-        self.outputs = {}
+        self.outputs = []
+        self.idents = {}
         self.messages = 0
 
-    def publish(self, data, about=None, *, transient, update):
-        ident = transient["display_id"]
-        assert update == (ident in self.outputs)
-        self.outputs[ident] = data["text/plain"]
+    def publish(self, data, about=None, *, transient=None, update=False):
         self.messages += 1
+        if update:
+            self.outputs[self.idents[transient["display_id"]]] = data
+            return
+        if transient:
+            assert transient["display_id"] not in self.idents
+            self.idents[transient["display_id"]] = len(self.outputs)
+        self.outputs.append(data)
 
     @property
     def shown(self):
-        return list(self.outputs.values())
+        return [data["text/plain"] for data in self.outputs if data]
+
+    @property
+    def drawn(self):
+        return self.outputs[0]["text/markdown"]
 
 
 @pytest.fixture
@@ -100,19 +109,46 @@ def frontend(monkeypatch):
     return frontend
 
 
-def test_a_notebook_shows_the_status_where_the_answer_will_be(frontend) -> None:
+def test_an_answer_grows_in_a_frame_and_ends_below_it(frontend) -> None:
     view = Live("markdown")
     view.waiting("waiting …")
     view.waiting("waiting …")
-    assert (frontend.shown, frontend.messages) == (["waiting …"], 1)
+    assert (frontend.shown, frontend.messages) == (["waiting …"], 2)
+    view.growing("Hello **the", "answering …")
+    assert frontend.shown == ["Hello **the\n\nanswering …"]
+    assert frontend.drawn.startswith("Hello **the**\n\n<div ")
+    view.growing("Hello **the", "answering …")
+    assert frontend.messages == 3
+    view.done(answer("Hello **there**."), FOOTER)
+    assert frontend.shown == ["Hello **there**.", "tiny · $0"]
+
+
+def test_the_frame_begins_and_ends_as_nothing(frontend) -> None:
+    """What compares notebooks without following updates sees what was put out first."""
+    first = []
+    frontend.outputs, kept = first, frontend.outputs
+    view = Live("markdown")
+    view.waiting("waiting …")
     view.growing("Hello", "answering …")
-    assert frontend.shown == ["Hello", "answering …"]
-    view.growing("Hello there", "answering …")
-    view.done(answer("Hello there."), FOOTER)
-    assert frontend.shown == ["Hello there.", "tiny · $0"]
+    view.done(answer("Hello."), FOOTER)
+    assert kept == []
+    assert [sorted(data) for data in first] == [[], ["text/markdown", "text/plain"], ["text/html", "text/plain"]]
 
 
-def test_a_notebook_shows_a_quick_answer_without_status(frontend) -> None:
+def test_the_answer_is_there_before_the_frame_goes(frontend, monkeypatch) -> None:
+    """A kernel that dies in between leaves it twice rather than not at all."""
+    view = Live("markdown")
+    view.growing("Hello", "answering …")
+    seen = []
+    monkeypatch.setattr(
+        display, "_publish", lambda data, about=None, **more: seen.append((data.get("text/plain"), more))
+    )
+    view.done(answer("Hello."), FOOTER)
+    assert [text for text, _ in seen] == ["Hello.", "tiny · $0", None]
+    assert seen[-1][1]["update"] is True
+
+
+def test_a_quick_answer_has_no_frame(frontend) -> None:
     Live("markdown").done(answer("Hello."), FOOTER)
     assert (frontend.shown, frontend.messages) == (["Hello.", "tiny · $0"], 2)
 
@@ -124,3 +160,26 @@ def test_a_status_without_an_answer_becomes_what_was_tried(frontend) -> None:
     view.waiting("waiting …")
     view.done(None, FOOTER)
     assert frontend.shown == ["tiny · $0"]
+
+
+def test_a_very_long_answer_is_drawn_up_to_a_length(frontend) -> None:
+    view = Live("markdown")
+    view.growing("word " * 100_000, "answering …")
+    assert len(frontend.drawn) < display.LONGEST_DRAWN + 2_000
+    assert "500,000 characters so far" in frontend.drawn
+    view.done(answer("word " * 100_000), FOOTER)
+    assert frontend.shown[0] == "word " * 100_000
+
+
+@pytest.mark.parametrize("form", ["markdown", "text", "json", "code", "html"])
+def test_a_hostile_text_is_harmless_while_it_grows_and_when_it_is_whole(frontend, form) -> None:
+    hostile = "a <img src=x onerror=alert(1)>\n\n```\n</style><script>alert(1)</script>"
+    status = "<script>alert(1)</script>"
+    view = Live(form)
+    for at in range(1, len(hostile)):
+        view.growing(hostile[:at], status)
+        shown = frontend.drawn.partition("```")[0]  # what is in a fence is text
+        assert "<img" not in shown
+        assert "<script" not in frontend.drawn.rpartition("```")[2]
+    view.done(answer(hostile), [Part(status)])
+    assert all("text/html" not in data or "<script" not in data["text/html"] for data in frontend.outputs)
