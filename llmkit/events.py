@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
     from llmkit.call import Attempt, Call
+    from llmkit.reply import Reply
 
 __all__ = [
     "AlertRaised",
@@ -157,9 +158,9 @@ class Degraded(Event):
 
 @dataclass(frozen=True, slots=True)
 class Checking(Event):
-    """An answer arrives from ``model`` that is shown only when it is whole and fits its schema."""
+    """An answer arrives that is handed on only when it is whole and fits its schema: ``reply``, still arriving."""
 
-    model: str
+    reply: Reply
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ async def _whole(call: Call, call_next: CallNext) -> Reply:
     """A reply that has ended. One that broke says so itself, to whoever reads it."""
     reply = await call_next(call)
     if reply.outcome is None:
-        emit(call, Checking(call.request_id, reply.model))
+        emit(call, Checking(call.request_id, reply))
     try:
         await reply.read()
     except LLMKitError as error:

@@ -16,7 +16,16 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LLMKitError
-from llmkit.events import AlertRaised, AttemptEnded, AttemptStarted, BudgetWarning, FellBack, Waiting
+from llmkit.events import (
+    AlertRaised,
+    AttemptEnded,
+    AttemptStarted,
+    BudgetWarning,
+    Checking,
+    FellBack,
+    Repairing,
+    Waiting,
+)
 from llmkit.money import money
 from llmkit.notebook import footer
 from llmkit.redaction import tidy
@@ -29,8 +38,10 @@ if TYPE_CHECKING:
 
     from llmkit.call import Attempt, Message
     from llmkit.client import AsyncClient
+    from llmkit.events import Event
     from llmkit.notebook.display import View
     from llmkit.notebook.footer import Part
+    from llmkit.notebook.life import Life
     from llmkit.portal import Portal
 
 __all__ = ["Interrupted", "ask"]
@@ -87,22 +98,32 @@ def ask(
     view: View,
     *,
     stream: bool,
+    life: Life | None = None,
+    notes: Sequence[str] = (),
 ) -> Reply:
     """Ask, draw, and give back the whole reply.
+
+    Args:
+        life: hears all that the call reports, for later. notes: sentences for below the footer's line.
 
     Raises:
         LLMKitError: as `AsyncClient.complete`; what had arrived stays on the screen and in ``error.reply``.
         Interrupted: the same, when the kernel was interrupted.
     """
     inbox = _Inbox()
-    progress = _Progress(options.get("model") or options["tier"], time.monotonic)
+    progress = _Progress(options.get("model") or options["tier"], time.monotonic, notes)
+
+    def told(event: Event) -> None:
+        if life is not None:
+            life.hear(event)
+        inbox.put(event)
 
     async def work() -> None:
         try:
             if stream:
-                reply = await client.stream(prompt, on_event=inbox.put, **options)
+                reply = await client.stream(prompt, on_event=told, **options)
             else:
-                reply = await client.complete(prompt, on_event=inbox.put, **options)
+                reply = await client.complete(prompt, on_event=told, **options)
             reply._portal = portal
             inbox.put(reply)
             await reply.read()
@@ -213,7 +234,8 @@ class _Pace:
 class _Progress:
     """What is known so far of the call, in words."""
 
-    def __init__(self, model: str, now: Callable[[], float]) -> None:
+    def __init__(self, model: str, now: Callable[[], float], notes: Sequence[str] = ()) -> None:
+        self._known = notes
         self._forget()
         self._now = now
         self._began = now()
@@ -224,8 +246,9 @@ class _Progress:
 
     def _forget(self) -> None:
         self.reply: Reply | None = None
+        self.unchecked: Reply | None = None
         self.attempts: list[Attempt] = []
-        self.notes: list[str] = []
+        self.notes: list[str] = list(self._known)
         self.sent = False
 
     @property
@@ -255,6 +278,11 @@ class _Progress:
         elif isinstance(news, FellBack):
             self._before = f"fell back from {news.endpoint} ({news.reason.partition(':')[0]}); "
             self._tell(f"{self._before}waiting for {news.to} …")
+        elif isinstance(news, Checking):
+            self.unchecked = news.reply
+            self._tell(f"{self._before}{tidy(news.reply.model, limit=100)} is answering; checked when it is whole …")
+        elif isinstance(news, Repairing):
+            self._before = f"asking again ({tidy(news.problems[0], limit=100)}); "
         elif isinstance(news, BudgetWarning | AlertRaised):
             self.notes.append(news.message)
 
@@ -294,7 +322,7 @@ def _show_failure(error: LLMKitError, progress: _Progress, view: View) -> None:
 
 def _interrupted(inbox: _Inbox, progress: _Progress, view: View) -> Interrupted:
     progress.hear_again(inbox.news)
-    reply = progress.reply
+    reply = progress.reply or progress.unchecked
     billed = any(attempt.maybe_billed for attempt in progress.attempts)
     if reply is None or not reply.text:
         parts = [part for part in progress.without_answer(view) if part.below or not part.warns]

@@ -196,5 +196,7 @@ _WORDS: dict[type[events.Event], Callable[[Any], str]] = {
     events.BudgetWarning: lambda event: f"budget: {event.message}",
     events.AlertRaised: lambda event: f"alert: {event.message}",
     events.CircuitChanged: lambda event: f"circuit of {event.endpoint}: from {event.before} to {event.after}",
+    events.Checking: lambda event: f"schema: an answer of {event.reply.model} arrives, and is checked when it is whole",
+    events.Repairing: lambda event: f"schema: it does not fit ({'; '.join(event.problems)}); it is asked for once more",
     events.Degraded: lambda event: f"degraded: the text that is set for outages answers ({event.reason})",
 }

@@ -15,6 +15,7 @@ from llmkit.errors import ConfigError, LLMKitError
 from llmkit.notebook.arguments import FORMATS, documented, parse
 from llmkit.notebook.bodies import allow_empty
 from llmkit.notebook.budgets import in_words
+from llmkit.notebook.chats import Chats, here, with_next_step
 from llmkit.notebook.registration import Kept, changed_settings, handle_errors, register, take_back
 from llmkit.notebook.session import MODES, Session, display_mode
 
@@ -63,11 +64,15 @@ class LLMMagics(Magics):
     cache = Enum(
         ("", *CACHE_MODES), "", help="'use', 'refresh', 'off' or 'only', for cells that do not say; empty: 'use'."
     ).tag(config=True)
-    format = Enum(FORMATS, "markdown", help="How answers are shown.").tag(config=True)
+    format = Enum(("", *FORMATS), "", help="How answers are shown; empty: as [notebook] says, else 'markdown'.").tag(
+        config=True
+    )
     display = Enum(
         ("", *MODES), "", help="'final' shows an answer once, at its end; empty: as LLMKIT_DISPLAY says, else live."
     ).tag(config=True)
-    traceback = Bool(False, help="Show the whole traceback of llmkit's errors.").tag(config=True)
+    traceback = Bool(
+        None, allow_none=True, help="Show the whole traceback of llmkit's errors; None: as [notebook] says, else not."
+    ).tag(config=True)
 
     _AS_OPTIONS = ("model", "tier", "system", "temperature", "max_tokens", "max_cost", "timeout", "user", "cache")
 
@@ -84,6 +89,7 @@ class LLMMagics(Magics):
         Wrong settings are said, too; then the first cell fails with them.
         """
         self.session = Session()
+        self.chats = Chats()
         self.undo: list[Callable[[], object]] = [self.session.close]
         """What unloading does, the last first. Whatever registers something with the shell adds here how to take it back."""
         self.carried: dict[str, Any] = {} if kept is None else kept.carried
@@ -115,7 +121,7 @@ class LLMMagics(Magics):
         return kept
 
     def _greet(self) -> None:
-        display_mode(self.display)
+        _ = self.display_mode
         default = f"{self.model} (as %config says)" if self.model else self.of_tier or str(self.session.default)
         print(
             f"llmkit: {'' if default.startswith('the ') else 'model '}{default} · {in_words(self.session.budget, self.max_cost)}"
@@ -158,7 +164,7 @@ class LLMMagics(Magics):
         try:
             self._ask(line, cell, local_ns or {})
         except LLMKitError as error:
-            if self.traceback:
+            if self.shows_traceback:
                 _unfold(error)
             raise
 
@@ -171,7 +177,7 @@ class LLMMagics(Magics):
         try:
             return run(self, line)
         except LLMKitError as error:
-            if self.traceback:
+            if self.shows_traceback:
                 _unfold(error)
             raise
 
@@ -183,7 +189,7 @@ class LLMMagics(Magics):
             print(self.ask.__doc__)
             return
         question = self.question(said, cell, local_ns)
-        for name in ("plan", "repeat", "chat", "schema", "images"):
+        for name in ("plan", "repeat", "images"):
             if getattr(said, name):
                 raise ConfigError(f"%%llm: {name} is not in this version yet")
         if said.save:
@@ -203,26 +209,52 @@ class LLMMagics(Magics):
         question = Question.of(said, cell, settings=self._settings(), names=names, kept=kept)
         if "tier" not in question.options:
             question.options.setdefault("model", self.session.default.model)
-        return question
+        return question.within(said.chat, self.chats, here(self.shell), said) if said.chat else question
 
     def _ask_once(self, said: CellLine, question: Question) -> None:
         from llmkit.notebook.asking import Interrupted, ask
         from llmkit.notebook.display import view_for
+        from llmkit.notebook.life import Life
 
-        view = view_for(self.shell, display_mode(self.display), said.format or self.format, quiet=said.quiet)
-        session = self.session
+        session, life, form = self.session, Life(), self.format_of(said)
+        view = view_for(self.shell, self.display_mode, form, quiet=said.quiet)
+        prompt, options = question.prompt, question.options
+        keep = partial(session.history.keep, prompt, life, form=form, timings=view.timings, model=question.model)
+        place = here(self.shell)
+        notes = self.chats.notes(said.chat, place)
+        portal, client = session.portal, session.client
         try:
-            reply = ask(session.portal, session.client, question.prompt, question.options, view, stream=said.stream)
+            reply = ask(portal, client, prompt, options, view, stream=said.stream, life=life, notes=notes)
         except (LLMKitError, Interrupted) as error:
+            with_next_step(error, said.chat)
+            keep(error.reply, error)
             if error.reply is not None and error.reply.text:
                 self.bind(error.reply, said.names)
             raise
+        if said.chat:
+            self.chats.add(said.chat, prompt, reply, place, options.get("system"))
+        keep(reply)
         self.bind(reply, said.names)
 
+    def format_of(self, said: CellLine) -> str:
+        """How the answer of a cell is shown; what has a schema is JSON, unless the cell says otherwise."""
+        return said.format or ("json" if said.schema else self.format or self.session.cells.format)
+
+    @property
+    def display_mode(self) -> str:
+        """``live`` or ``final``. Raises `ConfigError` where ``LLMKIT_DISPLAY`` is neither."""
+        return display_mode(self.display, self.session.cells.display)
+
+    @property
+    def shows_traceback(self) -> bool:
+        """Whether an error of llmkit's own is shown with its whole traceback."""
+        return self.session.cells.traceback if self.traceback is None else self.traceback
+
     def _settings(self) -> dict[str, Any]:
-        """What ``%config`` says for cells that say nothing else."""
+        """What ``%config``, and below it ``[notebook]``, says for cells that say nothing else."""
         settings = {name: getattr(self, name) for name in self._AS_OPTIONS}
-        return {name: value for name, value in settings.items() if value not in {None, ""}}
+        here = {name: value for name, value in settings.items() if value not in {None, ""}}
+        return self.session.config.notebook.options() | here
 
     def bind(self, value: Any, names: Sequence[str]) -> None:
         """Put ``value``, a reply or what several come to, into the variables ``names``, and into ``_`` and ``Out``."""
@@ -246,7 +278,7 @@ class LLMMagics(Magics):
             return
         sys.last_type, sys.last_value, sys.last_traceback = kind, error, traceback  # what %tb and %debug read
         lines = error._render_traceback_()
-        shell._showtraceback(kind, error, lines if self.traceback else _wrapped(lines))
+        shell._showtraceback(kind, error, lines if self.shows_traceback else _wrapped(lines))
         if shell.call_pdb:
             shell.debugger(force=True)
 

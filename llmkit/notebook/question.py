@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import ConfigError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from llmkit.call import Message
     from llmkit.notebook.arguments import CellLine
+    from llmkit.notebook.chats import Chats, Place
     from llmkit.prompts import KeptPrompt
 
 __all__ = ["Question"]
@@ -33,6 +34,12 @@ class Question:
     options: dict[str, Any]
     template: str
     kept: KeptPrompt | None = None
+
+    @property
+    def model(self) -> str:
+        """The model that it is for, or the tier."""
+        model: str = self.options.get("model") or self.options["tier"]
+        return model
 
     @classmethod
     def of(
@@ -70,5 +77,18 @@ class Question:
             options["tags"] = tagged(said.options.get("tags"), kept.reference)
         if not prompt.strip():
             raise ConfigError("the prompt is empty", next_step="it stands below the line with %%llm")
+        if said.schema:
+            from llmkit.notebook.schemas import schema_of
+
+            options["schema"] = schema_of(said.schema, names)
         Options.of(options)
         return cls(prompt=prompt, options=options, template=filled.template, kept=kept)
+
+    def within(self, name: str, chats: Chats, place: Place, said: CellLine) -> Question:
+        """The same as the next turn of the conversation ``name``, whose system prompt holds until a cell says another."""
+        options = dict(self.options)
+        began, system = chats.system(name, place)
+        if began and "system" not in said.options and (self.kept is None or self.kept.system is None):
+            options.pop("system", None)
+            options |= {} if system is None else {"system": system}
+        return replace(self, prompt=chats.messages(name, self.prompt, place), options=options)

@@ -1,0 +1,60 @@
+"""``--schema``: a variable of the notebook first, then the short form."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import ConfigError
+from llmkit.schema import Schema
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["schema_of"]
+
+_NAMED = re.compile(r"(?:list\[(?P<inside>[^\[\]]+)\]|(?P<name>.+))", re.DOTALL)
+_NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+
+
+def schema_of(text: str, names: Sequence[Mapping[str, Any]]) -> Schema:
+    """What ``--schema TEXT`` means.
+
+    Args:
+        text: a variable (``Person``, ``models.Person``, ``list[Person]``) that holds a class, a JSON schema or a text; the
+            short form; JSON; or the path of a ``.json`` file.
+        names: the notebook's variables; those of later mappings win.
+
+    Raises:
+        ConfigError: it means nothing. One word alone that is no variable is more likely a wrong name than a schema of
+            one field, so it is not guessed to be one.
+    """
+    said = text.strip()
+    match = _NAMED.fullmatch(said)
+    name = (match["inside"] or match["name"]).strip() if match else ""
+    if not _NAME.fullmatch(name) or said.lower().endswith(".json"):
+        return Schema.of(text)
+    first, *rest = name.split(".")
+    holder = next((each for each in reversed(names) if first in each), None)
+    if holder is not None:
+        value = _attribute(holder[first], rest, name)
+        return Schema.of(list[value] if match and match["inside"] else value)
+    if match and match["inside"]:
+        return Schema.of(text)  # list[int], or an error that names the type
+    known = {each for mapping in names for each, value in mapping.items() if isinstance(value, type | dict)}
+    near = difflib.get_close_matches(first, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(
+        f"--schema {name:.60}: there is no such variable{hint}",
+        next_step=f"define it in a cell before; one field alone is written with its type: --schema '{name:.40} str'",
+    )
+
+
+def _attribute(value: Any, path: Sequence[str], name: str) -> Any:
+    for part in path:
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            raise ConfigError(f"--schema {name:.60}: it has no {part:.60}") from None
+    return value
