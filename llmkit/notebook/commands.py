@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit import spending
 from llmkit.errors import ConfigError
 from llmkit.money import money
-from llmkit.notebook import budgets, prompts
+from llmkit.notebook import budgets, chats, history, prompts
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 # Promised for later, so neither unknown nor misspelt.
-LATER = ("show", "dashboard", "record", "replay", "live", "doctor", "plan", "chat")
+LATER = ("dashboard", "record", "replay", "live", "doctor", "plan")
 
 
 class Command(NamedTuple):
@@ -309,55 +308,6 @@ def _export(magics: LLMMagics, words: list[str]) -> None:
     print(f"llmkit: {calls:,} call{'' if calls == 1 else 's'} with all attempts in {paths[0]}")
 
 
-def _why(magics: LLMMagics, words: list[str]) -> None:
-    _no_more(words[1:], "%llm why [REQUEST_ID]")
-    ledger = magics.session.client.ledger
-    rows = ledger.calls() if words else ledger.calls(limit=1)
-    matching = [row for row in rows if row["request_id"].startswith(words[0])] if words else rows
-    if not matching:
-        raise ConfigError("there is no such call in the ledger", next_step="%llm calls lists the newest")
-    if len(matching) > 1:
-        raise ConfigError(f"{len(matching)} calls begin with {words[0]!r:.60}", next_step="give more of the id")
-    row = matching[0]
-    lines = [
-        f"call {row['request_id']}, {datetime.fromtimestamp(row['started']).astimezone():%Y-%m-%d %H:%M:%S}",
-        f"  asked for {tidy(row['model'])}" + (f" by {tidy(row['user'])}" if row["user"] else "") + _tags(row["tags"]),
-        *(_attempt(attempt, row["started"]) for attempt in ledger.attempts(row["request_id"])),
-        f"  {row['status'].replace('_', ' ')}{_after(row['latency_s'])}{_outcome(row)}",
-    ]
-    print("\n".join(lines))
-
-
-def _tags(tags: dict[str, str]) -> str:
-    return "".join(f", {tidy(key, limit=60)}={tidy(value, limit=60)}" for key, value in tags.items())
-
-
-def _attempt(row: dict[str, Any], began: float) -> str:
-    status = "in flight" if row["status"] == "in_flight" else row["status"]
-    return (
-        f"  {row['started'] - began:6.2f} s  attempt {row['number']}: {tidy(row['provider'])}:{tidy(row['model'])} "
-        f"{status}{_after(row['latency_s'])}{_outcome(row)}"
-    )
-
-
-def _after(seconds: float | None) -> str:
-    return "" if seconds is None else f" after {seconds:.2f} s"
-
-
-def _outcome(row: dict[str, Any]) -> str:
-    parts = []
-    if row["output_tokens"] is not None:
-        about = "≈" if row["estimated"] else ""
-        parts.append(f"{about}{row['input_tokens']:,} → {about}{row['output_tokens']:,} tokens")
-    if row["status"] != "in_flight":
-        parts.append("cost unknown" if row["cost_usd"] is None else money(row["cost_usd"]))
-    if row.get("maybe_billed"):
-        parts.append("may be billed")
-    if row["error"] and row["status"] != "aborted":
-        parts.append(f"{row['error']}: {tidy(row['message'] or '', limit=200)}".removesuffix(": "))
-    return "".join(f", {part}" for part in parts)
-
-
 _COMMANDS: dict[str, Command] = {
     "status": Command(_status, (("%llm", "what is in force: model, budgets, spending, cache, circuits"),)),
     "models": Command(_models, (("%llm models", "aliases and providers"),)),
@@ -410,6 +360,22 @@ _COMMANDS: dict[str, Command] = {
 %%llm_compare --with summary@1,summary@2      compare two versions
 %llm report tag                               what the calls of each version have cost""",
     ),
-    "why": Command(_why, (("%llm why [REQUEST_ID]", "the life of one call; without an id, of the last one"),)),
+    "why": Command(history.why, (("%llm why [REQUEST_ID]", "the life of one call; without an id, of the last one"),)),
+    "show": Command(
+        history.show,
+        (
+            ("%llm show [REQUEST_ID]", "an answer again, as it was shown; without an id, the last one"),
+            ("%llm show clear", "forget all answers that were kept to be shown again"),
+        ),
+    ),
+    "chat": Command(
+        chats.chat,
+        (
+            ("%llm chat", "the conversations of this kernel"),
+            ("%llm chat NAME", "what was said in one"),
+            ("%llm chat NAME undo", "bring back the turns that the last one left out"),
+            ("%llm chat NAME clear", "forget it"),
+        ),
+    ),
     "help": Command(_help, (("%llm help [TOPIC]", "this list, or one command with examples"),)),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from llmkit.notebook.registration import Kept, changed_settings, handle_errors, 
 from llmkit.notebook.session import MODES, Session, display_mode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from llmkit.notebook.arguments import CellLine
@@ -161,12 +162,32 @@ class LLMMagics(Magics):
     @cell_magic("llm")  # type: ignore[arg-type]
     @documented
     def ask(self, line: str, cell: str, local_ns: Mapping[str, Any] | None = None) -> None:
-        try:
+        with self._unfolding():
             self._ask(line, cell, local_ns or {})
-        except LLMKitError as error:
-            if self.shows_traceback:
-                _unfold(error)
-            raise
+
+    @no_var_expand
+    @needs_local_scope
+    @cell_magic("llm_compare")  # type: ignore[arg-type]
+    @documented
+    def compare(self, line: str, cell: str, local_ns: Mapping[str, Any] | None = None) -> None:
+        from llmkit.notebook.comparing import compare
+
+        with self._unfolding():
+            compare(self, line, cell, local_ns or {})
+
+    @no_var_expand
+    @cell_magic("llm_map")  # type: ignore[arg-type]
+    def map(self, line: str, cell: str) -> None:  # noqa: ARG002 - what every cell magic takes
+        """A prompt for each row of a DataFrame; not in this version yet."""
+        step = "today: [client.complete(…) for row in frame.itertuples()], with client = llmkit.Client()"
+        raise ConfigError("%%llm_map is not in this version yet; nothing was sent", next_step=step)
+
+    @no_var_expand
+    @cell_magic("llm_eval")  # type: ignore[arg-type]
+    def eval(self, line: str, cell: str) -> None:  # noqa: ARG002 - what every cell magic takes
+        """Cases, judged; not in this version yet."""
+        step = "today: %%llm_compare -m a,b, and judge its DataFrame yourself"
+        raise ConfigError("%%llm_eval is not in this version yet; nothing was sent", next_step=step)
 
     @no_var_expand
     @line_magic("llm")  # type: ignore[arg-type]
@@ -174,8 +195,14 @@ class LLMMagics(Magics):
         """Everything beside asking; see ``%llm help``."""
         from llmkit.notebook.commands import run
 
-        try:
+        with self._unfolding():
             return run(self, line)
+
+    @contextmanager
+    def _unfolding(self) -> Iterator[None]:
+        """Errors of llmkit's own show their whole traceback, where that is wanted."""
+        try:
+            yield
         except LLMKitError as error:
             if self.shows_traceback:
                 _unfold(error)
@@ -189,11 +216,16 @@ class LLMMagics(Magics):
             print(self.ask.__doc__)
             return
         question = self.question(said, cell, local_ns)
-        for name in ("plan", "repeat", "images"):
+        for name in ("plan", "images"):
             if getattr(said, name):
                 raise ConfigError(f"%%llm: {name} is not in this version yet")
         if said.save:
             keep(self.session.prompts, said, question)
+        if said.repeat:
+            from llmkit.notebook.comparing import samples
+
+            samples(self, said, question)
+            return
         self._ask_once(said, question)
 
     def question(self, said: CellLine, cell: str, local_ns: Mapping[str, Any]) -> Question:

@@ -7,27 +7,29 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmkit.config import Config
+from llmkit.config import Config, NotebookSettings
 from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmkit.client import AsyncClient
     from llmkit.config import BudgetSettings, Default
+    from llmkit.notebook.kept import History
     from llmkit.portal import Portal
     from llmkit.prompts import Prompts
+    from llmkit.state.answers import Answers
 
 __all__ = ["MODES", "Session", "display_mode"]
 
 MODES = ("live", "final")
 
 
-def display_mode(setting: str) -> str:
-    """``live`` or ``final``: from ``%config LLMMagics.display``, else from ``LLMKIT_DISPLAY``.
+def display_mode(setting: str, otherwise: str | None = None) -> str:
+    """``live`` or ``final``: ``setting`` (of ``%config``), else what ``LLMKIT_DISPLAY`` says, else ``otherwise``.
 
     Raises:
         ConfigError: the variable holds something else.
     """
-    mode = setting or os.environ.get("LLMKIT_DISPLAY") or MODES[0]
+    mode = setting or os.environ.get("LLMKIT_DISPLAY") or otherwise or MODES[0]
     if mode not in MODES:
         raise ConfigError(f"LLMKIT_DISPLAY is {' or '.join(MODES)}, not {mode!r:.40}")
     return mode
@@ -42,6 +44,7 @@ class Session:
         self._config: Config | None = None
         self._default: Default | None = None
         self._client: AsyncClient | None = None
+        self._history: History | None = None
 
     @property
     def config(self) -> Config:
@@ -77,6 +80,29 @@ class Session:
         return self.client.prompts.of(project_of(self.config, self._folder))
 
     @property
+    def history(self) -> History:
+        """What the cells asked and were answered."""
+        if self._history is None:
+            from llmkit.notebook.kept import History
+
+            self._history = History(self._opened_answers)
+        return self._history
+
+    def _opened_answers(self) -> Answers:
+        from llmkit.state.answers import open_answers
+
+        is_written = self.config.notebook.keep and self.config.cache.persist
+        return open_answers(self.config.state_url if is_written else "memory")
+
+    @property
+    def cells(self) -> NotebookSettings:
+        """What ``[notebook]`` says of all cells; nothing, as long as the settings are wrong."""
+        try:
+            return self.config.notebook
+        except ConfigError:
+            return NotebookSettings()
+
+    @property
     def budget(self) -> BudgetSettings:
         """The limits in force: those of the settings, or what has been set since."""
         return self.config.budget if self._client is None else self._client.config.budget
@@ -90,6 +116,9 @@ class Session:
 
     def close(self) -> None:
         """Close the client; what is still arriving is aborted and settled. The loop ends where nobody else uses it."""
+        history, self._history = self._history, None
+        if history is not None:
+            history.close()
         client, self._client = self._client, None
         if client is None:
             return

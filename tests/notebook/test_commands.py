@@ -99,23 +99,6 @@ def test_calls_takes_a_number(shell, words) -> None:
     assert words.split()[0] in mistake(shell, f"%llm calls {words}")
 
 
-def test_why_tells_the_life_of_a_call(shell, server) -> None:
-    server.next(refused(503, "busy", retry_after="0.1"))
-    run(shell, "%%llm a << --user ana --tag app=docs\nhi")
-    told = said(shell, "%llm why")
-    assert "asked for tiny by ana, app=docs" in told
-    assert "attempt 1: vllm:tiny failed" in told
-    assert "ProviderOverloaded: vllm:tiny answered 503: busy" in told
-    assert "attempt 2: vllm:tiny complete" in told
-    request_id = shell.user_ns["a"].request_id
-    run(shell, "%%llm\nhi")
-    assert said(shell, f"%llm why {request_id[:12]}") == told
-
-
-def test_why_knows_when_there_is_nothing_to_tell(shell) -> None:
-    assert "no such call" in mistake(shell, "%llm why ffffffffffff")
-
-
 # -- budgets -----------------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +261,7 @@ def test_help_names_every_command(shell) -> None:
         assert f"%llm {name}" in text
 
 
-@pytest.mark.parametrize("name", ["show", "dashboard", "record", "replay", "live", "doctor"])
+@pytest.mark.parametrize("name", ["dashboard", "record", "replay", "live", "doctor"])
 def test_what_comes_later_says_so(shell, name) -> None:
     assert mistake(shell, f"%llm {name} x") == f"%llm {name} is not in this version yet"
 
