@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmkit.call import Attempt, Message
     from llmkit.client import AsyncClient
     from llmkit.clock import Clock
+    from llmkit.config import Config
     from llmkit.portal import Portal
     from llmkit.prompts import Prompts
     from llmkit.reply import Reply
@@ -237,9 +238,13 @@ class Comparison:
             at_once=concurrency,
             stream=stream,
         )
-        for model in {trial.options["model"] for trial in comparison.trials if trial.options.get("model")}:
-            client.config.route(model)
+        comparison.check(client.config)
         return comparison
+
+    def check(self, config: Config) -> None:
+        """That there are such models. Raises `ConfigError`: one of them cannot be asked."""
+        for model in {trial.options["model"]: None for trial in self.trials if trial.options.get("model")}:
+            config.route(model)
 
     async def run(self, client: AsyncClient, hear: Callable[[Trial, object], object] | None = None) -> None:
         """Ask for all of them, and wait until each has ended; whether well or not, its trial says.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmkit.call import Attempt
     from llmkit.reply import Reply, Usage
 
-__all__ = ["Part", "as_html", "as_text", "metadata", "notes", "of_attempts", "of_reply", "status_html"]
+__all__ = ["Part", "as_html", "as_text", "metadata", "notes", "of_attempts", "of_reply", "seconds", "status_html"]
 
 
 class Part(NamedTuple):
@@ -100,8 +100,8 @@ def _of_reply(reply: Reply, interrupted: bool, timings: bool) -> Iterator[Part]:
     yield _cost(reply.attempts, reply.cost_usd)
     if timings and reply.latency_s is not None:
         at_once = reply.source == "cache" or reply.time_to_first_token_s is None
-        first = "" if at_once else f" (first token {_seconds(reply.time_to_first_token_s or 0)})"
-        yield Part(f"{_seconds(reply.latency_s)}{first}")
+        first = "" if at_once else f" (first token {seconds(reply.time_to_first_token_s or 0)})"
+        yield Part(f"{seconds(reply.latency_s)}{first}")
     yield _source(reply)
     yield from _detours(reply)
     if (ending := _ending(reply, interrupted)) is not None:
@@ -117,7 +117,7 @@ def of_attempts(attempts: Sequence[Attempt], elapsed_s: float, *, timings: bool 
     last = attempts[-1]
     parts = [Part(tidy(f"{last.provider}:{last.model}", limit=100)), Part(_count(len(attempts), "attempt"))]
     if timings:
-        parts.append(Part(_seconds(elapsed_s)))
+        parts.append(Part(seconds(elapsed_s)))
     return [*parts, *_maybe_billed([a for a in attempts if a.maybe_billed])]
 
 
@@ -203,9 +203,10 @@ def _count(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def _seconds(seconds: float) -> str:
-    if seconds < 0.001:
+def seconds(time_s: float) -> str:
+    """A time as people say it."""
+    if time_s < 0.001:
         return "under 1 ms"
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    if time_s < 1:
+        return f"{time_s * 1000:.0f} ms"
+    return f"{time_s:.1f} s" if time_s < 60 else f"{int(time_s // 60)} min {int(time_s % 60)} s"
