@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from types import GenericAlias
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import ConfigError
@@ -39,7 +40,7 @@ def schema_of(text: str, names: Sequence[Mapping[str, Any]]) -> Schema:
     holder = next((each for each in reversed(names) if first in each), None)
     if holder is not None:
         value = _attribute(holder[first], rest, name)
-        return Schema.of(list[value] if match and match["inside"] else value)
+        return Schema.of(GenericAlias(list, (value,)) if match and match["inside"] else value)
     if match and match["inside"]:
         return Schema.of(text)  # list[int], or an error that names the type
     known = {each for mapping in names for each, value in mapping.items() if isinstance(value, type | dict)}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["CATALOG", "QUIRKS", "ProviderEntry", "base_url_from", "located", "moved"]
 
 QUIRKS = {
+    "any_json_schema": "enforces all of JSON schema, so that a schema is sent as it was given and not in the strict form",
     "max_completion_tokens": "the output limit is sent under this name; reasoning models there refuse max_tokens",
     "no_done": "streams end without the [DONE] frame; every stream is read so that this does no harm",
     "no_json_object": "takes no response_format json_object; asked in words alone where it takes no schema either",
@@ -150,7 +151,9 @@ _ENTRIES = (
     # Entries without a mark of their own come after those with one on the same port: they take what is left.
     _local("transformers", 8000, None, "no_done", "no_json_schema", "no_json_object"),
     _local("tgi", 8080),
-    ProviderEntry(name="simulator", base_url="http://simulator.invalid/v1", simulated=True),
+    ProviderEntry(
+        name="simulator", base_url="http://simulator.invalid/v1", simulated=True, quirks=frozenset({"any_json_schema"})
+    ),
 )
 
 CATALOG: Mapping[str, ProviderEntry] = {entry.name: entry for entry in _ENTRIES}

@@ -8,6 +8,8 @@ Deviations are quirks of an endpoint, listed in `llmkit.providers.catalog.QUIRKS
     the seed goes by this name.
 ``max_completion_tokens``
     the output limit is sent under this name (OpenAI itself; reasoning models there refuse ``max_tokens``).
+``any_json_schema``
+    a schema is sent as it was given, since the server enforces all of it.
 ``no_json_schema``, ``no_json_object``
     the server does not take ``response_format`` of that type; a schema is then an instruction in the system message.
 """
@@ -74,7 +76,7 @@ def _shaped(
 ) -> tuple[tuple[Message, ...], dict[str, Any] | None]:
     """The messages and the ``response_format`` that ask for the shape: enforced by the service, or in words."""
     if "no_json_schema" not in endpoint.quirks:
-        strict = schema.strict
+        strict = None if "any_json_schema" in endpoint.quirks else schema.strict
         described = {"name": schema.name, "schema": strict or schema.asked, "strict": strict is not None}
         return call.messages, {"type": "json_schema", "json_schema": described}
     return call.said, None if "no_json_object" in endpoint.quirks else {"type": "json_object"}

@@ -17,6 +17,10 @@ _FORMATS = {
     "date-time": "2026-01-01T00:00:00Z",
     "time": "00:00:00Z",
     "email": "simulated@example.invalid",
+    "duration": "P1D",
+    "hostname": "example.invalid",
+    "ipv4": "192.0.2.1",
+    "ipv6": "2001:db8::1",
     "uri": "https://example.invalid/",
     "uuid": "00000000-0000-4000-8000-000000000000",
 }
@@ -25,7 +29,7 @@ _FORMATS = {
 def instance(schema: dict[str, Any] | None) -> str:
     """The text of a small document that fits ``schema``; for None, one that says it is simulated.
 
-    ``pattern``, ``not``, ``multipleOf`` and conditional keywords are not followed.
+    ``pattern``, ``not`` and conditional keywords are not followed.
     """
     if schema is None:
         return json.dumps({"simulated": True, "answer": "No model was asked."})
@@ -67,12 +71,32 @@ class _Builder:
     def _object(self, schema: dict[str, Any], depth: int) -> dict[str, Any]:
         properties, required = _mapping(schema.get("properties")), _sequence(schema.get("required"))
         names = [name for name in properties if depth < _GENEROUS or name in required]
-        return {name: self.of(properties[name], depth + 1) for name in names}
+        built = {name: self.of(properties[name], depth + 1) for name in names}
+        least = schema.get("minProperties")
+        for number in range(len(built), min(least, _MOST_PARTS) if type(least) is int else 0):
+            built[f"simulated{number}"] = self.of(schema.get("additionalProperties", {"type": "string"}), depth + 1)
+        return built
 
     def _array(self, schema: dict[str, Any], depth: int) -> list[Any]:
-        least = schema.get("minItems")
-        count = least if type(least) is int else int(depth < _GENEROUS)
-        return [self.of(schema.get("items"), depth + 1) for _ in range(min(count, _MOST_PARTS))]
+        least, first = schema.get("minItems"), _sequence(schema.get("prefixItems"))[:_MOST_PARTS]
+        count = least if type(least) is int else max(len(first), int(depth < _GENEROUS))
+        built = [self.of(each, depth + 1) for each in first]
+        rest = schema.get("items")
+        further = range(len(first), min(count, _MOST_PARTS))
+        if schema.get("uniqueItems") is True:
+            return built + [self._another(rest, number, depth) for number in further]
+        return built + [self.of(rest, depth + 1) for _ in further]
+
+    def _another(self, schema: Any, number: int, depth: int) -> Any:
+        """The value of this number, where no two may be the same."""
+        found = self._resolved(schema["$ref"]) if isinstance(schema, dict) and "$ref" in schema else schema
+        values = _sequence(_mapping(found).get("enum"))
+        if number < len(values):
+            return values[number]
+        value = self.of(found, depth + 1)
+        if type(value) is str:
+            return f"{value}{number}" if number else value
+        return value + number if type(value) in {int, float} else value
 
     def _merged(self, schema: dict[str, Any]) -> dict[str, Any]:
         """The schema with the parts of its ``allOf`` put into it."""
@@ -120,13 +144,18 @@ def _integer(schema: dict[str, Any], _depth: int) -> int:
     lower += [math.floor(bound) + 1 for bound in [_bound(schema, "exclusiveMinimum")] if bound is not None]
     upper = [math.floor(bound) for bound in [_bound(schema, "maximum")] if bound is not None]
     upper += [math.ceil(bound) - 1 for bound in [_bound(schema, "exclusiveMaximum")] if bound is not None]
+    step = _bound(schema, "multipleOf")
+    if step is not None and step >= 1 and step == int(step):
+        return math.ceil(max(lower) / step) * int(step) if lower else math.floor(min([step, *upper]) / step) * int(step)
     return max(lower) if lower else min([1, *upper])
 
 
 def _number(schema: dict[str, Any], depth: int) -> float:
     lower = [bound for name in ("minimum", "exclusiveMinimum") if (bound := _bound(schema, name)) is not None]
     upper = [bound for name in ("maximum", "exclusiveMaximum") if (bound := _bound(schema, name)) is not None]
-    return (max(lower) + min(upper)) / 2 if lower and upper else _integer(schema, depth)
+    if lower and upper and "multipleOf" not in schema:
+        return (max(lower) + min(upper)) / 2
+    return _integer(schema, depth)
 
 
 def _bound(schema: dict[str, Any], name: str) -> float | None:
