@@ -75,7 +75,7 @@ def test_unloading_leaves_the_shell_as_it_was(bare, folder) -> None:
     assert nothing == ([], 0, ())
     run(bare, "%load_ext llmkit")
     run(bare, "%%llm\nhi")
-    assert traces() == (["llm", "llm"], 2, (LLMKitError,))
+    assert traces() == (["llm", "llm", "llm_compare", "llm_map", "llm_eval"], 2, (LLMKitError,))
     run(bare, "%unload_ext llmkit")
     assert traces() == nothing
     run(bare, "%load_ext llmkit")
