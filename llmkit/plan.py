@@ -14,12 +14,12 @@ from llmkit.money import amount, money
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from llmkit.account import Sums
     from llmkit.errors import LLMKitError
 
-__all__ = ["Expectation", "Plan", "PlannedBudget", "PlannedLink", "Section", "count", "usd"]
+__all__ = ["Expectation", "Plan", "PlannedBudget", "PlannedLink", "Section", "count", "in_lines", "of_budgets", "usd"]
 
 
 class Expectation(NamedTuple):
@@ -194,11 +194,7 @@ class Plan:
 
     def __str__(self) -> str:
         """All of it, as a block of text; safe for a terminal."""
-        lines = []
-        for section in self.sections():
-            table = _aligned([section.head, *section.rows] if section.head else section.rows)
-            lines += [f"{section.name if first else '':<10}{line}" for first, line in _with_first(table)]
-        return "\n".join(lines)
+        return in_lines(self.sections())
 
     def sections(self) -> list[Section]:
         """The block in its parts. No control characters in them; not escaped."""
@@ -208,8 +204,7 @@ class Plan:
             rows = tuple(_route_row(number, link, self.cached) for number, link in enumerate(self.links, 1))
             found.append(Section("route", rows, ("", "model", "tokens", "expected", "at most", "attempts", "")))
         if self.budgets:
-            head = ("scope", "limit", "spent", "held", "after, expected", "after, worst", "")
-            found.append(Section("budgets", tuple(_budget_row(each) for each in self.budgets), head))
+            found.append(of_budgets(self.budgets))
         if notes := [*self.warnings, *([f"waits: {self.waits}"] if self.waits else [])]:
             found.append(Section("note", tuple((tidy(note, limit=300),) for note in notes)))
         return found
@@ -261,6 +256,12 @@ class Plan:
         }.get(self.cache, "has no answer to this")
 
 
+def of_budgets(budgets: Sequence[PlannedBudget]) -> Section:
+    """How far each limit is used, before and after."""
+    head = ("scope", "limit", "spent", "held", "after, expected", "after, worst", "")
+    return Section("budgets", tuple(_budget_row(each) for each in budgets), head)
+
+
 def usd(value: Decimal | None, *, about: bool = False) -> str:
     """USD in words; ``about`` marks what is expected and not certain."""
     if value is None:
@@ -273,7 +274,7 @@ def count(value: Decimal | int | None, unit: str, *, whole: bool = False) -> str
     if value is None:
         return "?"
     if unit == "tokens":
-        return f"{value:,} tokens"
+        return f"{value:,} token{'' if value == 1 else 's'}"
     return (amount if whole else money)(Decimal(value))
 
 
@@ -302,11 +303,17 @@ def _budget_row(each: PlannedBudget) -> tuple[str, ...]:
     )
 
 
-def _aligned(rows: tuple[tuple[str, ...], ...] | list[tuple[str, ...]]) -> list[str]:
+def in_lines(sections: Sequence[Section]) -> str:
+    """Sections as a block of text, their names in a column of their own."""
+    lines = []
+    for section in sections:
+        rows = [section.head, *section.rows] if section.head else list(section.rows)
+        for at, line in enumerate(_aligned(rows)):
+            lines.append(f"{'' if at else section.name:<10}{line}".rstrip())
+    return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """The rows with their columns below one another."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _with_first(lines: list[str]) -> Iterator[tuple[bool, str]]:
-    yield from ((at == 0, line) for at, line in enumerate(lines))

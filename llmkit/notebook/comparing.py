@@ -26,14 +26,15 @@ from llmkit.notebook.session import display_mode
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from llmkit.client import AsyncClient
     from llmkit.comparison import Trial
-    from llmkit.notebook.arguments import CellLine
+    from llmkit.notebook.arguments import CellLine, GridLine
     from llmkit.notebook.footer import Part
     from llmkit.notebook.grid import Card
     from llmkit.notebook.magics import LLMMagics
     from llmkit.notebook.question import Question
 
-__all__ = ["ComparisonInterrupted", "compare", "samples"]
+__all__ = ["ComparisonInterrupted", "compare", "grid_of", "samples", "samples_of"]
 
 
 class ComparisonInterrupted(KeyboardInterrupt):
@@ -81,14 +82,13 @@ def compare(magics: LLMMagics, line: str, cell: str, local_ns: Mapping[str, Any]
         print(magics.compare.__doc__)
         return
     questions = [magics.question(replace(said.cell, saved=name), cell, local_ns) for name in said.saved or [None]]
-    comparison = _comparison(
-        magics,
-        [_version(question) for question in questions],
-        said.cell,
-        models=said.models or [None],
-        temperatures=said.temperatures or [None],
-    )
     session = magics.session
+    comparison = grid_of(session.client, said, questions)
+    if said.cell.plan:
+        from llmkit.notebook.planning import plan_trials
+
+        plan_trials(magics, said.cell, comparison.trials, questions[0])
+        return
     try:
         _run(magics, comparison, said.cell)
     finally:
@@ -104,13 +104,7 @@ def samples(magics: LLMMagics, said: CellLine, question: Question) -> None:
         LLMKitError: one of them did not come.
         ComparisonInterrupted: what had arrived is kept.
     """
-    if said.chat:
-        step = "ask for samples without --chat, and go on with the one you like"
-        raise ConfigError(
-            "a conversation goes on with one answer, so --repeat and --chat exclude each other", next_step=step
-        )
-    version = Version("", question.prompt, options=question.options)
-    comparison = _comparison(magics, [version], said, models=[None], temperatures=[None])
+    comparison = samples_of(magics.session.client, said, question)
     portal = magics.session.portal
     try:
         _run(magics, comparison, said)
@@ -123,15 +117,40 @@ def samples(magics: LLMMagics, said: CellLine, question: Question) -> None:
         raise _failure(comparison.trials, "{} of the {} samples did not come")
 
 
+def grid_of(client: AsyncClient, said: GridLine, questions: Sequence[Question]) -> Comparison:
+    """What ``%%llm_compare`` asks, of a question for each version of the prompt.
+
+    Raises:
+        ConfigError: an impossible grid, or a model that cannot be asked.
+    """
+    versions = [_version(question) for question in questions]
+    sides = {"models": said.models or [None], "temperatures": said.temperatures or [None]}
+    return _comparison(client, versions, said.cell, **sides)
+
+
+def samples_of(client: AsyncClient, said: CellLine, question: Question) -> Comparison:
+    """What ``%%llm --repeat N`` asks.
+
+    Raises:
+        ConfigError: within a conversation, or of a model that cannot be asked.
+    """
+    if said.chat:
+        step = "ask for samples without --chat, and go on with the one you like"
+        raise ConfigError(
+            "a conversation goes on with one answer, so --repeat and --chat exclude each other", next_step=step
+        )
+    version = Version("", question.prompt, options=question.options)
+    return _comparison(client, [version], said, models=[None], temperatures=[None])
+
+
 def _version(question: Question) -> Version:
     name = "" if question.kept is None else question.kept.reference
     return Version(name, question.prompt, options=question.options)
 
 
-def _comparison(magics: LLMMagics, versions: Sequence[Version], said: CellLine, **sides: Any) -> Comparison:
+def _comparison(client: AsyncClient, versions: Sequence[Version], said: CellLine, **sides: Any) -> Comparison:
     from llmkit.client import new_request_id
 
-    client = magics.session.client
     comparison = Comparison(
         versions,
         repeat=said.repeat or 1,

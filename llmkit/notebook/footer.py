@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from llmkit.call import Attempt
     from llmkit.reply import Reply, Usage
 
-__all__ = ["Part", "as_html", "as_text", "metadata", "notes", "of_attempts", "of_reply", "seconds", "status_html"]
+__all__ = [
+    "Part",
+    "as_html",
+    "as_text",
+    "escaped",
+    "metadata",
+    "notes",
+    "of_attempts",
+    "of_reply",
+    "seconds",
+    "status_html",
+]
 
 
 class Part(NamedTuple):
@@ -55,17 +66,18 @@ def _lines(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
 
 
 def _piece(part: Part) -> str:
-    return f'<span style="{_WARN}">{_safe(part.text)}</span>' if part.warns else _safe(part.text)
+    return f'<span style="{_WARN}">{escaped(part.text)}</span>' if part.warns else escaped(part.text)
 
 
 def status_html(text: str) -> str:
     """What goes on while there is no answer yet."""
-    return f'<div style="{_STYLE} {_FAINT} font-style: italic;">{_safe(text)}</div>'
+    return f'<div style="{_STYLE} {_FAINT} font-style: italic;">{escaped(text)}</div>'
 
 
-def _safe(text: str) -> str:
+def escaped(text: str, *, limit: int = 500) -> str:
+    """Text as HTML: on one line, at most ``limit`` long, and nothing in it is a tag or the end of a formula."""
     # A page that sets formulas would take what stands between two amounts for one.
-    return html.escape(tidy(text)).replace("\\", "<span>&#92;</span>").replace("$", DOLLAR)
+    return html.escape(tidy(text, limit=limit)).replace("\\", "<span>&#92;</span>").replace("$", DOLLAR)
 
 
 def metadata(reply: Reply) -> dict[str, Any]:

@@ -216,9 +216,14 @@ class LLMMagics(Magics):
             print(self.ask.__doc__)
             return
         question = self.question(said, cell, local_ns)
-        for name in ("plan", "images"):
+        for name in ("images",):
             if getattr(said, name):
                 raise ConfigError(f"%%llm: {name} is not in this version yet")
+        if said.plan:
+            from llmkit.notebook.planning import plan_of
+
+            plan_of(self, said, question)
+            return
         if said.save:
             keep(self.session.prompts, said, question)
         if said.repeat:

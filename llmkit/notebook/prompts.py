@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmkit.comparison import joined
 from llmkit.errors import ConfigError, TemplateError
 from llmkit.notebook.formats import plain
-from llmkit.notebook.template import render
+from llmkit.notebook.template import render, render_parts
 from llmkit.prompts import TAG, check_name
 
 if TYPE_CHECKING:
@@ -29,11 +29,17 @@ MOST_LINES = 400
 
 
 class Filled(NamedTuple):
-    """A prompt with its variables filled in. ``template`` is what it was made from; ``system`` None where there is none."""
+    """A prompt with its variables filled in.
+
+    Attributes:
+        system: None where there is none. template: what the text was made from.
+        parts: what each ``{{ … }}`` of it has put in: the expression, and its text.
+    """
 
     text: str
     system: str | None
     template: str
+    parts: tuple[tuple[str, str], ...] = ()
 
 
 def fill(
@@ -50,19 +56,19 @@ def fill(
         TemplateError: a part cannot be filled in.
     """
     template = cell.strip("\n").rstrip()
-    text = template if raw else render(template, *names)
+    text, parts = (template, []) if raw else render_parts(template, *names)
     if system is not None and not raw:
         system = render(system, *names)
     if kept is None:
-        return Filled(text, system, template)
+        return Filled(text, system, template, tuple(parts))
     try:
-        before = kept.text if kept.raw else render(kept.text, *names)
+        before, earlier = (kept.text, []) if kept.raw else render_parts(kept.text, *names)
         if system is None and kept.system is not None:
             system = kept.system if kept.raw else render(kept.system, *names)
     except TemplateError as error:
         message, step = f"in the kept prompt {kept.reference}: {error.message}", error.next_step
         raise TemplateError(message, name=error.name, next_step=step) from None
-    return Filled(joined(before, text), system, joined(kept.text, template))
+    return Filled(joined(before, text), system, joined(kept.text, template), (*earlier, *parts))
 
 
 def keep(prompts: Prompts, said: CellLine, question: Question) -> None:

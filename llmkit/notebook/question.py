@@ -28,12 +28,14 @@ class Question:
         options: its options; ``model`` is among them where the cell or ``%config`` names one.
         template: the cell's text before its variables were filled in, behind the kept one that it begins with.
         kept: that one; None where there is none.
+        parts: what each ``{{ … }}`` has put into the prompt: the expression, and its text.
     """
 
     prompt: str | list[Message]
     options: dict[str, Any]
     template: str
     kept: KeptPrompt | None = None
+    parts: tuple[tuple[str, str], ...] = ()
 
     @property
     def model(self) -> str:
@@ -81,8 +83,9 @@ class Question:
             from llmkit.notebook.schemas import schema_of
 
             options["schema"] = schema_of(said.schema, names)
+        options["template"] = filled.template
         Options.of(options)
-        return cls(prompt=prompt, options=options, template=filled.template, kept=kept)
+        return cls(prompt=prompt, options=options, template=filled.template, kept=kept, parts=filled.parts)
 
     def within(self, name: str, chats: Chats, place: Place, said: CellLine) -> Question:
         """The same as the next turn of the conversation ``name``, whose system prompt holds until a cell says another."""
