@@ -63,7 +63,7 @@ def test_no_cell_ends_its_cell_or_its_row(values) -> None:
     _, body = rows(text)
     assert [len(cells) for cells in body] == [1] * len(values)
     plain = [[cell.replace("\\", "") for cell in row] for row in body]
-    assert plain == [["<br>".join(value.replace("\\", "").splitlines())] for value in values]
+    assert plain == [["<br>".join(value.splitlines()).replace("\\", "")] for value in values]
 
 
 def test_missing_values_are_empty() -> None:
