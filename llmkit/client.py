@@ -15,12 +15,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
+from llmkit import tape
 from llmkit.alerts import Alerts
 from llmkit.budgets import Budgets
 from llmkit.cache import AnswerCache
-from llmkit.call import Call, Message, Trail, digest_of, messages_from
+from llmkit.call import Call, Message, Trail, digest_of
 from llmkit.clock import Clock, SystemClock
 from llmkit.config import Config
+from llmkit.errors import ConfigError, LLMKitError
 from llmkit.layers import standard
 from llmkit.layers.breaker import Breakers
 from llmkit.ledger import Ledger
@@ -29,7 +31,7 @@ from llmkit.pipeline import Pipeline
 from llmkit.reply import settled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
     from datetime import datetime, tzinfo
     from decimal import Decimal
 
@@ -37,8 +39,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from llmkit.comparison import Comparison
+    from llmkit.endpoint import Link
     from llmkit.events import AlertRaised
     from llmkit.flight import SingleFlight
+    from llmkit.layers.replay import Recordist, Replay
     from llmkit.plan import Plan
     from llmkit.portal import Portal
     from llmkit.prompts import Prompts
@@ -131,6 +135,7 @@ class AsyncClient:
         self._model: str | None = None
         self._templates: dict[str, Call] = {}
         self._arriving: WeakSet[Reply] = WeakSet()
+        self._tape: Recordist | Replay | None = tape.of_environment(self.config, self.clock)
         _CLIENTS.add(self)
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -184,26 +189,61 @@ class AsyncClient:
         return await planner.plan(call, after)
 
     async def _open(self, prompt: Any, *, stream: bool, options: dict[str, Any]) -> Reply:
-        call = await self._asked_call(prompt, stream, Options.of(options))
-        waiting = self._pipeline(call)
-        if self._alerts.are_heard(call):
-            waiting = settled(waiting, functools.partial(self._alerts.settled, call))
-        reply = await waiting
+        asked, started, taping = Options.of(options), self.clock.now(), self._tape
+        if taping is None:
+            waiting = self._sent(await self._asked_call(prompt, stream, asked))
+        else:
+            call = await self._unrouted(prompt, stream, asked, taping)
+            waiting = taping(call, functools.partial(self._routed, asked, taping))
+        try:
+            reply = await waiting
+        except LLMKitError as error:
+            if error.latency_s is None:
+                error.latency_s = self.clock.now() - started
+            raise
         if stream:
             self._arriving.add(reply)
         return reply
+
+    def _sent(self, call: Call) -> Awaitable[Reply]:
+        waiting = self._pipeline(call)
+        return settled(waiting, functools.partial(self._alerts.settled, call)) if self._alerts.are_heard(call) else waiting
+
+    async def _unrouted(self, prompt: Any, stream: bool, asked: Options, taping: Recordist | Replay) -> Call:
+        """A call that is recorded or replayed: where it goes is looked up when it goes, so that its errors are, too."""
+        if not taping.replays:
+            if asked.model is None and asked.tier is None and self._model is None:
+                await asyncio.to_thread(self.default_model)
+            taping.default = self._model
+        model = f"tier:{asked.tier}" if asked.tier is not None else asked.model or self.default_model()
+        return self._call(prompt, stream, asked, self._common_to(model, ()))
+
+    async def _routed(self, asked: Options, taping: Recordist | Replay, call: Call) -> Reply:
+        model = self._model_of(asked)
+        if taping.replays and model == taping.default:
+            model = await asyncio.to_thread(self._default_here, model)
+        return await self._sent(call.to(model=model, route=self.config.route(model)))
+
+    def _default_here(self, recorded: str) -> str:
+        """The default model of a recording where it can be asked here, else that of this machine."""
+        try:
+            self.config.route(recorded)
+        except ConfigError:
+            return self.config.default_model().model
+        return recorded
 
     async def _asked_call(self, prompt: Any, stream: bool, asked: Options) -> Call:
         if asked.model is None and asked.tier is None and self._model is None:
             await asyncio.to_thread(self.default_model)  # it may look for local servers
         return self._call(prompt, stream, asked)
 
-    def _call(self, prompt: Any, stream: bool, options: Options) -> Call:
-        common = self._common(self._model_of(options))
+    def _call(self, prompt: Any, stream: bool, options: Options, common: Call | None = None) -> Call:
+        if common is None:
+            common = self._common(self._model_of(options))
         started = self.clock.now()
         asked: dict[str, Any] = {
             "request_id": options.request_id or new_request_id(self.clock),
-            "messages": messages_from(prompt, options.system),
+            "messages": options.messages(prompt),
             "stream": stream,
             "started": started,
             "started_at": self.clock.time(),
@@ -229,24 +269,27 @@ class AsyncClient:
         """What all calls to ``model`` have in common."""
         common = self._templates.get(model)
         if common is None:
-            config = self.config
-            common = Call(
-                request_id="",
-                messages=(),
-                model=model,
-                route=config.route(model),
-                timeouts=config.timeouts,
-                started=0.0,
-                started_at=0.0,
-                max_cost_usd=config.budget.request_usd,
-                max_cost_is_default=not config.budget.request_usd_set,
-                max_total_tokens=config.budget.request_tokens,
-                degraded_text=config.degraded_text,
-                namespace=_namespace(config.cache.namespace, None, {}),
-            )
+            common = self._common_to(model, self.config.route(model))
             if len(self._templates) < _MOST_TEMPLATES:
                 self._templates[model] = common
         return common
+
+    def _common_to(self, model: str, route: tuple[Link, ...]) -> Call:
+        config = self.config
+        return Call(
+            request_id="",
+            messages=(),
+            model=model,
+            route=route,
+            timeouts=config.timeouts,
+            started=0.0,
+            started_at=0.0,
+            max_cost_usd=config.budget.request_usd,
+            max_cost_is_default=not config.budget.request_usd_set,
+            max_total_tokens=config.budget.request_tokens,
+            degraded_text=config.degraded_text,
+            namespace=_namespace(config.cache.namespace, None, {}),
+        )
 
     def _asked(self, options: Options) -> dict[str, Any]:
         """What of a call was said with it."""
@@ -266,7 +309,9 @@ class AsyncClient:
         return asked if cap is None else {**asked, "max_cost_usd": cap, "max_cost_is_default": False}
 
     def default_model(self) -> str:
-        """The model used where none is named; looked for at the first call, then kept."""
+        """The model used where none is named; looked for at the first call, then kept. That of a recording it replays."""
+        if self._tape is not None and self._tape.replays and self._tape.default is not None:
+            return self._tape.default
         if self._model is None:
             self._model = self.config.default_model().model
         return self._model
@@ -410,12 +455,68 @@ class AsyncClient:
         ]
         return pd.DataFrame(rows, columns=columns)
 
+    # -- recording ---------------------------------------------------------------------------------------------------
+
+    def record(
+        self, path: str | os.PathLike[str], *, scrub: bool = False, overwrite: bool = False, new: bool = False
+    ) -> None:
+        """Record all calls from now on to ``path``, a file of JSON lines, from which `replay` answers them anywhere.
+
+        Keys are taken out of what is written. While ``LLMKIT_REPLAY`` is set nothing is recorded, and this does nothing.
+
+        Args:
+            scrub: take personal data out as well: e-mail addresses, telephone, card and account numbers, IP addresses.
+            overwrite: begin anew; else calls are added, and a question that is asked again replaces its recorded answer.
+            new: record only what is not in the file yet, and answer the rest from it.
+
+        Raises:
+            ConfigError: the file cannot be written, holds something else, or another process records to it.
+        """
+        if not self._is_bound:
+            file = tape.place(path)
+            self._turn(lambda: tape.recordist(self.config, file, self.clock, scrub=scrub, overwrite=overwrite, new=new))
+
+    def replay(self, path: str | os.PathLike[str], *, live: bool = False) -> None:
+        """Answer all calls from now on from ``path``, from its beginning; nothing is sent, and no key is needed.
+
+        Args:
+            live: ask for real what was not recorded; else that is a `ReplayMismatch`.
+
+        Raises:
+            ConfigError: the file cannot be read, or is no recording.
+        """
+        file, live = tape.place(path), live and not self._is_bound
+        self._turn(lambda: tape.replay(self.config, file, self.clock, live=live))
+
+    def live(self) -> None:
+        """Neither record nor replay from now on. While ``LLMKIT_REPLAY`` is set this does nothing."""
+        if not self._is_bound:
+            self._turn(lambda: None)
+
+    @property
+    def taping(self) -> Recordist | Replay | None:
+        """What records or replays the calls of this client; None where they are only asked."""
+        return self._tape
+
+    @property
+    def _is_bound(self) -> bool:
+        told = tape.told_by(self.config.environ)
+        return told is not None and told[0] == tape.REPLAY
+
+    def _turn(self, to: Callable[[], Recordist | Replay | None]) -> None:
+        before, self._tape = self._tape, None
+        if before is not None:
+            before.finish()
+        self._tape = to()
+
     # -- closing -----------------------------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
         """Close connections and the ledger. Replies still arriving are aborted and settled."""
         for reply in list(self._arriving):
             await reply.aclose()
+        if self._tape is not None:
+            self._tape.finish()
         await self._flights.aclose()
         await self._provider.aclose()
         await self.circuits.aclose()
@@ -550,6 +651,20 @@ class Client:
     def set_budgets(self, **tables: Any) -> None:
         """See `AsyncClient.set_budgets`."""
         self._client.set_budgets(**tables)
+
+    def record(
+        self, path: str | os.PathLike[str], *, scrub: bool = False, overwrite: bool = False, new: bool = False
+    ) -> None:
+        """See `AsyncClient.record`."""
+        self._client.record(path, scrub=scrub, overwrite=overwrite, new=new)
+
+    def replay(self, path: str | os.PathLike[str], *, live: bool = False) -> None:
+        """See `AsyncClient.replay`."""
+        self._client.replay(path, live=live)
+
+    def live(self) -> None:
+        """See `AsyncClient.live`."""
+        self._client.live()
 
     def breakers(self) -> pd.DataFrame:
         """See `AsyncClient.breakers`."""

@@ -56,7 +56,9 @@ PREFIX = "LLMKIT_"
 _ENVIRON = Environment(os.environ)
 
 # Read elsewhere, so neither settings nor mistakes.
-_OTHER_VARIABLES = frozenset({"LLMKIT_DATA_DIR", "LLMKIT_DISPLAY", "LLMKIT_REDIS_PASSWORD"})
+_OTHER_VARIABLES = frozenset(
+    {"LLMKIT_DATA_DIR", "LLMKIT_DISPLAY", "LLMKIT_RECORD", "LLMKIT_REPLAY", "LLMKIT_REDIS_PASSWORD"}
+)
 
 PRESETS = {
     "chat": Timeouts(connect=5.0, first_token=10.0, idle=10.0, total=30.0),

@@ -98,6 +98,7 @@ class LLMKitError(Exception):
         unseen: how many of its attempts were sent and not seen to their end, so that they may be billed beyond ``spent``.
         reply: the partial reply, where text had arrived before the error; None otherwise.
         request_id: the call's id in the ledger; None where no call was made.
+        latency_s: seconds from the start of the call until it failed; None where no call was made.
     """
 
     default_next_step: ClassVar[str] = ""
@@ -109,6 +110,7 @@ class LLMKitError(Exception):
         self.unseen = 0
         self.reply: Reply | None = None
         self.request_id: str | None = None
+        self.latency_s: float | None = None
 
     @property
     def message(self) -> str:  # a property, since ExceptionGroup's own ``message`` cannot be set
@@ -483,4 +485,15 @@ class TemplateError(LLMKitError):
 
 
 class ReplayMismatch(LLMKitError):
-    """A replayed notebook asked for something that was not recorded."""
+    """A replayed notebook asked for something that was not recorded.
+
+    ``difference``: three lines, the nearest recorded question and where it differs first; empty where none is near.
+    """
+
+    def __init__(self, message: str, *, difference: str = "", next_step: str | None = None) -> None:
+        super().__init__(message, next_step=next_step)
+        self.difference = difference
+
+    def block(self) -> str:
+        head, *rest = super().block().split("\n")
+        return "\n".join([head, *self.difference.split("\n"), *rest] if self.difference else [head, *rest])

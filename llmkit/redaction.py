@@ -7,8 +7,12 @@ parsed. The wide one knows what keys look like, and goes over the texts of error
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-__all__ = ["REDACTED", "Screen", "redact", "secret_in", "tidy"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["REDACTED", "Screen", "keylike", "redact", "secret_in", "tidy"]
 
 REDACTED = "[redacted]"
 
@@ -39,6 +43,12 @@ def redact(text: str, secret: str | None = None) -> str:
 
 def _blank(match: re.Match[str]) -> str:
     return (match["lead"] or "") + REDACTED
+
+
+def keylike(text: str) -> Iterator[tuple[int, int]]:
+    """Where in ``text`` something stands that looks like a key, a token or a password in a URL: (begin, end)."""
+    for match in _KEYLIKE.finditer(text):
+        yield match.span("value" if match["value"] is not None else 0)
 
 
 def secret_in(key: str | None) -> bytes:
