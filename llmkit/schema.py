@@ -317,7 +317,7 @@ def _check(shape: dict[str, Any]) -> None:
 
 def _depth(value: Any) -> int:
     level, depth = [value], 0
-    while level and depth <= 2 * DEEPEST:
+    while level and depth < 2 * DEEPEST + 2:
         level = [
             inner
             for each in level
@@ -349,7 +349,9 @@ def _nothing(uri: str) -> NoReturn:
 
 
 def _problem(path: Sequence[Any], message: str) -> str:
-    where = ".".join(map(str, path[:20]))
+    where = ".".join(map(str, path[:20]))[:80]
+    if len(message) > LONGEST_PROBLEM // 2:  # the value stands first and the reason last
+        message = f"{message[:40]} … {message[-60:]}"
     return tidy(f"{where}: {message}" if where else message, limit=LONGEST_PROBLEM)
 
 
