@@ -58,6 +58,7 @@ _ADDRESS = re.compile(r"(?:https?://|ftp://|www\.|[\w.+-]+@[\w-])[^\s<]*", re.IG
 FENCE = re.compile(r"(?P<lead>[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])[ \t]*)*)(?P<mark>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)$")
 """A line that begins code, also in a list or a quotation."""
 FENCE_END = re.compile(r"[\s>]*(?P<mark>`{3,}|~{3,})\s*$")
+_LANGUAGE = re.compile(r"[\w+#.{}=,: /-]*")  # it becomes a part of an attribute
 _FENCE_LIKE = re.compile(r"`{3}|~{3}")
 _INLINE_CODE = re.compile(r"((?<![`\\])(`+)(?!`).+?(?<!`)\2(?!`))")
 _IN_PARENTHESES = re.compile(r"(?<!\\)\\\((?!\s*\\\))(.{1,2000}?)(?<!\\)\\\)")
@@ -116,7 +117,7 @@ class _Walk:
         code = "\n".join(body)
         info = fence["info"].strip()
         drawn = "mermaid" in info.lower()
-        if not (drawn or _IN_CODE.search(code) or _IN_CODE.search(info)):
+        if not (drawn or _IN_CODE.search(code)) and _LANGUAGE.fullmatch(info):
             yield from lines
             self._ended = False
             return

@@ -33,7 +33,7 @@ CUT = object()
 
 
 def said(*parts, usage=(7, 5), finish="stop"):
-    """A streamed answer: texts, `Step`s, a `Gone`, `CUT`."""
+    """A streamed answer: texts, `Step`s, a `Gone`, `CUT`, and whatever is to be called with the handler."""
 
     def play(handler):
         handler.begin()
@@ -44,6 +44,8 @@ def said(*parts, usage=(7, 5), finish="stop"):
             elif isinstance(part, Gone):
                 handler.watch(part)
                 return
+            elif callable(part):
+                part(handler)
             elif part is CUT:
                 handler.connection.shutdown(socket.SHUT_RDWR)
                 handler.close_connection = True
