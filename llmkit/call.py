@@ -15,12 +15,25 @@ if TYPE_CHECKING:
     from llmkit.reply import Usage
     from llmkit.schema import Schema
 
-__all__ = ["CACHE_MODES", "TIERS", "Attempt", "Call", "Message", "Params", "Skipped", "Timeouts", "Trail", "digest_of", "messages_from"]
+__all__ = [
+    "CACHE_MODES",
+    "TIERS",
+    "Attempt",
+    "Call",
+    "Message",
+    "Params",
+    "Skipped",
+    "Timeouts",
+    "Trail",
+    "digest_of",
+    "messages_from",
+]
 
 _new, _set = object.__new__, object.__setattr__
 
 CACHE_MODES = ("use", "refresh", "off", "only")
 TIERS = ("simple", "medium", "hard")
+_SHOWN = 200  # characters of a message in its repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +49,23 @@ class Message:
         if isinstance(self.content, str):
             return self.content
         return "\n".join(str(part.get("text", "")) for part in self.content if part.get("type") == "text")
+
+    def __repr__(self) -> str:
+        """Short, and without the data of a picture."""
+        if isinstance(self.content, str):
+            return f"Message({self.role!r}, {_short(self.content)})"
+        return f"Message({self.role!r}, [{', '.join(_in_short(part) for part in self.content)}])"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…")
+
+
+def _in_short(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return _short(part["text"])
+    return f"<{kind or type(part).__name__!s:.40}>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

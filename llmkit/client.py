@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import copy
 import functools
 import os
 import random
@@ -25,6 +26,7 @@ from llmkit.config import Config
 from llmkit.errors import ConfigError, LLMKitError
 from llmkit.layers import standard
 from llmkit.layers.breaker import Breakers
+from llmkit.layers.budget import Budget
 from llmkit.ledger import Ledger
 from llmkit.options import Options
 from llmkit.pipeline import Pipeline
@@ -177,7 +179,7 @@ class AsyncClient:
         """
         from llmkit.planner import Planner
 
-        call = await self._asked_call(prompt, False, Options.of(options).unheard())
+        call = await self._asked_call(prompt, False, (await _checked(options)).unheard())
         planner = Planner(
             self._pipeline.layers,
             breakers=self.circuits,
@@ -188,8 +190,24 @@ class AsyncClient:
         )
         return await planner.plan(call, after)
 
+    def for_plans(self, config: Config | None = None) -> AsyncClient:
+        """A client to plan with: the same ledger, cache and circuits, and limits of its own that may be changed.
+
+        ``config`` in the place of this one's. It is not closed.
+        """
+        twin = copy.copy(self)
+        twin.config = config or self.config
+        twin._templates = {}
+        twin._budgets = Budgets(twin.config.budget)
+        layers = [
+            Budget(self.clock, twin._budgets, self.ledger) if isinstance(layer, Budget) else layer
+            for layer in self._pipeline.layers
+        ]
+        twin._pipeline = Pipeline(layers, self._provider)
+        return twin
+
     async def _open(self, prompt: Any, *, stream: bool, options: dict[str, Any]) -> Reply:
-        asked, started, taping = Options.of(options), self.clock.now(), self._tape
+        asked, started, taping = await _checked(options), self.clock.now(), self._tape
         if taping is None:
             waiting = self._sent(await self._asked_call(prompt, stream, asked))
         else:
@@ -366,6 +384,11 @@ class AsyncClient:
         from llmkit.prompts import Prompts, project_of
 
         return Prompts(self.config, self.clock, project_of(self.config))
+
+    def default_is(self, model: str) -> None:
+        """Where none is named and none was looked for yet, it is ``model``."""
+        if self._model is None:
+            self._model = model
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
@@ -831,6 +854,12 @@ def _unclosed() -> WeakSet[Client]:
 
     atexit.register(close)
     return clients
+
+
+async def _checked(options: dict[str, Any]) -> Options:
+    if options.get("images") is None:
+        return Options.of(options)
+    return await asyncio.to_thread(Options.of, options)  # it reads files
 
 
 async def _awaited(opening: Opening) -> Reply:

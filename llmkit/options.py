@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
-from llmkit.call import CACHE_MODES, TIERS, Params, Timeouts
+from llmkit.call import CACHE_MODES, TIERS, Params, Timeouts, messages_from
 from llmkit.config import PRESETS
 from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from llmkit.call import Message
     from llmkit.events import Event
 
 __all__ = ["CACHE_MODES", "Options"]
@@ -28,6 +29,7 @@ class Options:
         model: ``provider:model``, an alias, or several with commas between (a chain).
         tier: ``simple``, ``medium`` or ``hard``: the model that ``[tiers]`` sets for such work, instead of ``model``.
         system: the system prompt.
+        images: pictures that go with the prompt: paths, URLs, bytes, objects that show themselves (`llmkit.images.Picture.of`).
         temperature: 0 to 2. top_p: above 0, up to 1.
         max_tokens: most output tokens, reasoning included; from 1.
         stop: a text, or several, at which the answer ends.
@@ -48,6 +50,7 @@ class Options:
     model: str | None = None
     tier: str | None = None
     system: str | None = None
+    images: Sequence[Any] | None = field(default=None, repr=False)
     temperature: float | None = None
     top_p: float | None = None
     max_tokens: int | None = None
@@ -83,6 +86,10 @@ class Options:
             from llmkit.schema import Schema
 
             given = {**given, "schema": Schema.of(given["schema"])}
+        if given.get("images") is not None:
+            from llmkit.images import Picture
+
+            given = {**given, "images": Picture.all_of(given["images"])}
         options = cls(**given)
         options._check()
         return options
@@ -117,7 +124,9 @@ class Options:
 
     def _check_schema(self) -> None:
         if self.schema is not None and isinstance(self.extra, Mapping) and (twice := _SHAPING & self.extra.keys()):
-            raise ConfigError(f"schema says the shape of the answer, and extra's {min(twice)} another: give one of them")
+            raise ConfigError(
+                f"schema says the shape of the answer, and extra's {min(twice)} another: give one of them"
+            )
 
     def _check_tier(self) -> None:
         if self.tier is None:
@@ -150,6 +159,20 @@ class Options:
             raise ConfigError(f"max_cost is an amount of USD above 0, not {self.max_cost!r}")
         return cost
 
+    def messages(self, prompt: Any) -> tuple[Message, ...]:
+        """``prompt``, as `llmkit.call.messages_from` takes it, with the system prompt and the pictures.
+
+        Raises:
+            ConfigError: there is no message that the pictures could go with.
+            TypeError, ValueError: it is no prompt.
+        """
+        messages = messages_from(prompt, self.system)
+        if not self.images:
+            return messages
+        from llmkit.images import illustrated
+
+        return illustrated(messages, self.images)
+
     def params(self) -> Params:
         """What shapes the answer."""
         if self is _NONE:
@@ -178,7 +201,7 @@ class Options:
         return replace(settings, total=float(wanted))
 
 
-_NAMES = tuple(field.name for field in fields(Options))
+_NAMES = tuple(each.name for each in fields(Options))
 _NONE = Options()
 _SHAPING = frozenset({"response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar"})
 _DEFAULT = Params()

@@ -36,8 +36,8 @@ ORDER = [
     {"state", "models", "guards"},
     {"flight"},
     {"outlet", "reply"},
-    {"schema"},
-    {"call", "events", "failure", "plan"},
+    {"images", "schema"},
+    {"call", "drawing", "events", "failure", "plan"},
     {
         "calendar",
         "circuit",

@@ -15,11 +15,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmkit.images import size_in
+from llmkit.lock import new_lock
+from llmkit.models import pictures
 from llmkit.models.windows import is_reasoning
 
 if TYPE_CHECKING:
@@ -64,13 +66,9 @@ MOST_PRIMING_TOKENS = 128
 _SAFE_TOKENS_PER_MESSAGE = 8
 _SAFE_PRIMING_TOKENS = 16
 
-# Most tokens of one image. gpt-4o-mini has the highest published number (2,833 and 5,667 for each of 8 tiles); vision
-# models on vLLM stay below 16,384.
+# Most tokens of one picture of unknown size: gpt-4o-mini has the highest published number (2,833 and 5,667 for each of
+# 8 tiles); vision models on vLLM stay below 16,384.
 MOST_TOKENS_PER_IMAGE = 50_000
-_IMAGES = (
-    (re.compile(r"^(?:openai/)?(?:gpt-4o(?!-mini)|gpt-4\.1(?!-mini|-nano)|gpt-4-turbo)"), 1_445),  # 85 + 170 × 8 tiles
-    (re.compile(r"^(?:anthropic/)?claude-"), 5_000),
-)
 
 _PIECE = 50_000  # characters given to the encoder at a time: its regex overflows its stack on a long run of spaces
 _QUICK = 20_000  # characters; counting more takes over a millisecond
@@ -216,8 +214,8 @@ def _length(messages: Sequence[Message]) -> int:
 def upper_bound(messages: Sequence[Message], *, model: str = "", extra: Mapping[str, Any] | None = None) -> int:
     """Input tokens that no byte-level BPE can exceed, without loading an encoding.
 
-    Text counts one token a UTF-8 byte; each message and the chat template a generous frame; an image the published
-    maximum of the model's family, or 50,000 where none is known. Any other part counts the bytes of its JSON. What a
+    Text counts one token a UTF-8 byte; each message and the chat template a generous frame; an image what the rules of
+    its model's family make of its size (`llmkit.models.pictures`), or 50,000 where none are known. Any other part counts the bytes of its JSON. What a
     part only points at (a file by its id or URL) cannot be bounded: 50,000 are added for it.
 
     Args:
@@ -353,7 +351,7 @@ _ENCODINGS: dict[str, tuple[str, str, dict[str, int]]] = {
 }
 
 _loaded: dict[str, tiktoken.Encoding | None] = {}  # None: it could not be loaded, which was said once
-_loading = threading.Lock()
+_loading = new_lock()
 
 
 def _encoding(name: str, *, wait: bool = True) -> tiktoken.Encoding | None:
@@ -408,7 +406,7 @@ def _kind(part: Any) -> str:
 def _part_bound(part: Any, model: str) -> int:
     kind = _kind(part)
     if "image" in kind:
-        return next((most for family, most in _IMAGES if family.match(model)), MOST_TOKENS_PER_IMAGE)
+        return pictures.bound(model, size_in(part)) or MOST_TOKENS_PER_IMAGE
     size = _json_size(part)
     points_elsewhere = not kind.startswith("tool") and size < MOST_TOKENS_PER_IMAGE
     return size + MOST_TOKENS_PER_IMAGE if points_elsewhere else size

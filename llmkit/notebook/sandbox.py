@@ -51,6 +51,7 @@ class MissingName(Exception):
 
 @cache
 def environment() -> SandboxedEnvironment:
+    """What prompts are compiled in: the notebook's names alone, `llmkit.notebook.filters` and Jinja's own, no loader."""
     import jinja2
     from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -46,7 +46,7 @@ class OpenAIWire:
         messages, form = (call.messages, None) if call.schema is None else _shaped(call, call.schema, endpoint)
         body: dict[str, Any] = {
             "model": endpoint.model,
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "messages": [{"role": message.role, "content": _content(message)} for message in messages],
         }
         if form is not None:
             body["response_format"] = form
@@ -71,15 +71,29 @@ class OpenAIWire:
         return OpenAIDecoder(head)
 
 
-def _shaped(
-    call: Call, schema: Schema, endpoint: Endpoint
-) -> tuple[tuple[Message, ...], dict[str, Any] | None]:
+def _shaped(call: Call, schema: Schema, endpoint: Endpoint) -> tuple[tuple[Message, ...], dict[str, Any] | None]:
     """The messages and the ``response_format`` that ask for the shape: enforced by the service, or in words."""
     if "no_json_schema" not in endpoint.quirks:
         strict = None if "any_json_schema" in endpoint.quirks else schema.strict
         described = {"name": schema.name, "schema": strict or schema.asked, "strict": strict is not None}
         return call.messages, {"type": "json_schema", "json_schema": described}
     return call.said, None if "no_json_object" in endpoint.quirks else {"type": "json_object"}
+
+
+def _content(message: Message) -> str | list[dict[str, Any]]:
+    content = message.content
+    return content if isinstance(content, str) else [_part(part) for part in content]
+
+
+def _part(part: dict[str, Any]) -> dict[str, Any]:
+    """A picture in Anthropic's form as a part in OpenAI's; any other part passes unchanged."""
+    source = part.get("source") if part.get("type") == "image" else None
+    if not isinstance(source, dict):
+        return part
+    url = source.get("url")
+    if source.get("type") == "base64":
+        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+    return part if url is None else {"type": "image_url", "image_url": {"url": url}}
 
 
 class OpenAIDecoder:

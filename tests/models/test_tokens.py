@@ -267,7 +267,7 @@ def test_parts_that_are_no_text_are_counted_at_their_bound():
     "model, most",
     [
         ("gpt-4o", 1_445),
-        ("gpt-4o-mini", tokens.MOST_TOKENS_PER_IMAGE),
+        ("gpt-4o-mini", 2_833 + 8 * 5_667),
         ("claude-haiku-4-5", 5_000),
         ("Qwen/Qwen3-VL-8B", tokens.MOST_TOKENS_PER_IMAGE),
         ("", tokens.MOST_TOKENS_PER_IMAGE),
