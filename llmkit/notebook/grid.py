@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmkit.money import money
 from llmkit.notebook import footer
@@ -106,12 +106,13 @@ def _status(trial: Trial) -> str:
 
 
 def _mark(cards: Sequence[Card], trials: Sequence[Trial], *, timings: bool) -> None:
-    """Name the cheapest and the fastest of the whole answers, where they do not all tie.
+    """Name the cheapest and the fastest of the whole answers, where they do not all tie; times tie that read the same.
 
     An answer that was not asked for now costs what it had cost then, and took no time that could be compared.
     """
     costs: dict[int, Decimal | float] = {}
     times: dict[int, Decimal | float] = {}
+    read: dict[str, Callable[[Any], object]] = {"cheapest": Decimal, "fastest": footer.seconds}
     for trial in trials:
         reply = trial.reply
         if trial.status != "complete" or reply is None:
@@ -123,9 +124,10 @@ def _mark(cards: Sequence[Card], trials: Sequence[Trial], *, timings: bool) -> N
         if timings and not shared and reply.latency_s is not None:
             times[trial.number] = reply.latency_s
     for name, measured in (("cheapest", costs), ("fastest", times)):
-        best = min(measured.values(), default=None)
-        if len(set(measured.values())) > 1:
-            for number, value in measured.items():
+        shown = {number: read[name](value) for number, value in measured.items()}
+        if len(set(shown.values())) > 1:
+            best = read[name](min(measured.values()))
+            for number, value in shown.items():
                 if value == best:
                     cards[number].marks.append(name)
 
@@ -183,6 +185,7 @@ _HEAD = f"padding: 0.4rem 0.6rem; border-bottom: 1px solid {_LINE}; overflow-wra
 _BODY = "padding: 0.5rem 0.6rem; overflow: auto; flex: 1 1 auto;"
 # While it grows, a card keeps its height, and the end of the text stays in sight.
 _GROWING = "height: 12rem; display: flex; flex-direction: column-reverse;"
+_FIXED = "height: 2.9em; overflow: auto;"
 _ENDED = "max-height: 24rem;"
 _TEXT = "white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;"
 _FOOT = f"padding: 0.3rem 0.6rem 0.4rem; border-top: 1px solid {_LINE};"
@@ -213,7 +216,9 @@ def _card(card: Card, room: int, *, live: bool) -> str:
         _body(card, room, live=live),
         "</div>",
     ]
-    if not live and (card.footer or card.difference):
+    if live:
+        parts.append(f'<div style="{_FOOT} {_FIXED}">{_said_of(card)}</div>')
+    elif card.footer or card.difference:
         note = f'<div style="{_FAINT}">{_safe(card.difference.note)}</div>' if card.difference else ""
         parts.append(f'<div style="{_FOOT}">{note}{footer.as_html(card.footer) if card.footer else ""}</div>')
     return "".join([*parts, "</div>"])
@@ -226,13 +231,16 @@ def _head(card: Card) -> str:
 
 
 def _body(card: Card, room: int, *, live: bool) -> str:
-    status = ""
-    if card.status:
-        style = _WARN if card.warns else f"{_FAINT} font-style: italic;"
-        status = f'<div style="{style}">{_safe(card.status)}</div>'
     text = _text(card, room, live=live)
     shown = f'<div style="{_TEXT}">{text}</div>' if text else ""
-    return f"<div>{shown}{status}</div>"
+    if live:
+        return f'<div style="margin-bottom: auto;">{shown}</div>'
+    return shown + (_said_of(card) if card.status else "")
+
+
+def _said_of(card: Card) -> str:
+    style = _WARN if card.warns else f"{_FAINT} font-style: italic;"
+    return f'<div style="{style}">{_safe(card.status)}</div>'
 
 
 def _text(card: Card, room: int, *, live: bool) -> str:
