@@ -115,7 +115,7 @@ class Planner:
             refusal=over,
             waits=provision.waits if asks and provision else None,
             saved_usd=stored.saved_usd(links) if source == "cache" else None,
-            worst_in_all_usd=_in_all(call, links) if asks else None,
+            worst_in_all_usd=_in_all(call, links, self._clock.time()) if asks else None,
             warnings=provision.warnings if asks and provision else (),
             late_refusal=await self._late_refusal(call.to(link=chosen), expected, worst) if asks else None,
             stored_as=_stored_as(stored.keys, chosen, call) if asks else frozenset(),
@@ -179,7 +179,7 @@ class Planner:
 
     async def _planned(self, call: Call, provision: Provision, use: str, reason: str | None) -> PlannedLink:
         endpoint = call.endpoint
-        counted = await tokens.count_input(endpoint, call.messages)
+        counted = await tokens.count_input(endpoint, call.said)
         given = min(counted.tokens, provision.input_tokens)
         expected = await self._expected(call, provision.output_tokens)
         cost = None
@@ -263,15 +263,20 @@ def _refusing(call: Call, looked: dict[int, _Looked], refusal: LLMKitError | Non
 # -- money -----------------------------------------------------------------------------------------------------------
 
 
-def _in_all(call: Call, links: tuple[PlannedLink, ...]) -> Decimal | None:
+def _in_all(call: Call, links: tuple[PlannedLink, ...], at: float) -> Decimal | None:
     """With every attempt there may be; None where one of them has no price."""
     total = Decimal(0)
-    for link in links:
-        if link.use == "skipped":
+    for link, planned in zip(call.route, links, strict=True):
+        if planned.use == "skipped":
             continue
-        if link.worst_usd is None:
+        worst = planned.worst_usd
+        if worst is not None and call.schema is not None:  # an answer that does not fit is asked for again, with itself
+            given, most = planned.most_input_tokens, planned.most_output_tokens
+            repair = prices.worst_case(link.endpoint, 2 * given + most, most, at=at)
+            worst = None if repair is None else worst + repair
+        if worst is None:
             return None
-        total += link.attempts * link.worst_usd
+        total += planned.attempts * worst
     return total if call.max_cost_usd is None else min(total, call.max_cost_usd)
 
 

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmkit import spending
 from llmkit.errors import ConfigError
 from llmkit.money import money
-from llmkit.notebook import budgets, chats, history, prompts
+from llmkit.notebook import budgets, chats, history, manual, prompts, recording
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping
 
     import pandas as pd
 
     from llmkit.layers.breaker import Circuit
     from llmkit.notebook.magics import LLMMagics
 
-__all__ = ["run"]
+__all__ = ["LATER", "Command", "commands", "run", "split"]
 
 # Promised for later, so neither unknown nor misspelt.
-LATER = ("dashboard", "record", "replay", "live", "doctor", "plan")
+LATER = ("dashboard", "doctor")
 
 
 class Command(NamedTuple):
@@ -47,7 +47,7 @@ def run(magics: LLMMagics, line: str) -> Any:
     Raises:
         ConfigError: no such command (with the nearest one), or not with these words.
     """
-    name, *words = _split(line) or ["status"]
+    name, *words = split(line) or ["status"]
     command = _COMMANDS.get(name)
     if command is not None:
         return command.run(magics, words)
@@ -59,7 +59,12 @@ def run(magics: LLMMagics, line: str) -> Any:
     raise ConfigError(f"there is no command %llm {name:.60}{hint}", next_step=step)
 
 
-def _split(line: str) -> list[str]:
+def commands() -> Mapping[str, Command]:
+    """All of them, by name."""
+    return _COMMANDS
+
+
+def split(line: str) -> list[str]:
     """The words of a line; quotes keep one together, and a backslash is one, since paths have them."""
     lexer = shlex.shlex(line, posix=True)
     lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
@@ -74,39 +79,6 @@ def _no_more(words: list[str], usage: str) -> None:
         raise ConfigError(f"{words[0]!r:.60} has no place here", next_step=f"write {usage}")
 
 
-def _help(_: LLMMagics, words: list[str]) -> None:
-    _no_more(words[1:], "%llm help [TOPIC]")
-    if not words:
-        print(help_text())
-        return
-    command = _COMMANDS.get(words[0])
-    if command is None:
-        near = difflib.get_close_matches(words[0], _COMMANDS, 1)
-        hint = f"; did you mean %llm help {near[0]}?" if near else ""
-        raise ConfigError(f"there is no command %llm {words[0]:.60}{hint}", next_step="%llm help lists them all")
-    print(_lines(command.forms) + (f"\n\n{command.more}" if command.more else ""))
-
-
-def help_text() -> str:
-    """Every command, a line or two each."""
-    return _lines([*(form for command in _COMMANDS.values() for form in command.forms), *_BESIDE])
-
-
-_BESIDE = (
-    ("%%llm", "a prompt cell; %%llm? shows its options"),
-    ("%config LLMMagics", "the settings of all cells"),
-    ("%reload_ext llmkit", "read llmkit.toml and the environment again"),
-)
-_COLUMN = 35
-
-
-def _lines(forms: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(
-        (f"{form:<{_COLUMN}}{what}" if len(form) < _COLUMN else f"{form}\n{'':<{_COLUMN}}{what}").rstrip()
-        for form, what in forms
-    )
-
-
 # -- what is in force ------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +88,8 @@ def _status(magics: LLMMagics, words: list[str]) -> None:
     chosen = f"{magics.model} (chosen here)" if magics.model else magics.of_tier or str(session.default)
     lines = [("model", chosen), ("request", budgets.of_request(session.budget, magics.max_cost))]
     lines += [("budget", line) for line in budgets.in_brief(_budgets(magics), session.budget)]
+    if (taping := session.taping) is not None:
+        lines.append(("calls", recording.in_words(taping)))
     lines += [("spent", _spent(magics)), ("cache", _cached(magics))]
     unwell = [circuit for circuit in session.client.circuits if circuit.state != "closed"]
     lines.append(("circuits", "; ".join(_circuit(circuit) for circuit in unwell) or "all closed"))
@@ -308,25 +282,62 @@ def _export(magics: LLMMagics, words: list[str]) -> None:
     print(f"llmkit: {calls:,} call{'' if calls == 1 else 's'} with all attempts in {paths[0]}")
 
 
+def _plan(magics: LLMMagics, words: list[str]) -> Any:
+    from llmkit.notebook.course import run as run_plan
+
+    return run_plan(magics, words)
+
+
 _COMMANDS: dict[str, Command] = {
-    "status": Command(_status, (("%llm", "what is in force: model, budgets, spending, cache, circuits"),)),
-    "models": Command(_models, (("%llm models", "aliases and providers"),)),
-    "use": Command(_use, (("%llm use MODEL[,FALLBACK…]", "the model of the cells that follow"),)),
+    "status": Command(
+        _status,
+        (("%llm", "what is in force: model, budgets, spending, cache, circuits"),),
+        more="%llm",
+    ),
+    "models": Command(_models, (("%llm models", "aliases and providers"),), more="%llm models"),
+    "use": Command(
+        _use,
+        (("%llm use MODEL[,FALLBACK…]", "the model of the cells that follow"),),
+        more="""%llm use gpt-5-mini                 one model
+%llm use openai:gpt-5-mini,local    and another one for when it cannot answer""",
+    ),
     "budget": Command(
         _budget,
         (
             ("%llm budget", "every limit: spent, held, left, when it resets"),
-            ("%llm budget day=5usd …", "set limits for this session: session, hour, day, week, month, total, request;"),
+            (
+                "%llm budget NAME=AMOUNT …",
+                "set limits for this session: session, hour, day, week, month, total, request;",
+            ),
             ("", "user.ana.day=2usd, tag.app=docs.day=1usd, month=100000tokens, at_limit=warn"),
-            ("%llm budget day=off", "lift one; %llm budget off lifts all"),
+            ("%llm budget NAME=off …", "lift one"),
+            ("%llm budget off", "lift all"),
         ),
+        more="""%llm budget session=1usd day=5usd
+%llm budget user.ana.day=2usd month=100000tokens
+%llm budget tag.app=docs.day=1usd at_limit=warn warn_at=70%
+%llm budget day=off""",
+    ),
+    "plan": Command(
+        _plan,
+        (
+            (
+                "%llm plan NOTEBOOK.ipynb",
+                "what all its cells would take and cost, what the cache has, which budget refuses; nothing is sent",
+            ),
+        ),
+        more="""%llm plan report.ipynb              a row a cell, in order, each counting those before it; also as a DataFrame
+%%llm --plan                        the same for a single cell""",
     ),
     "cache": Command(
         _cache,
         (
             ("%llm cache", "how many answers are stored, and what they saved"),
-            ("%llm cache clear", "remove them; %llm cache off and on: for this session"),
+            ("%llm cache clear", "remove them"),
+            ("%llm cache off|on", "neither look nor store for the rest of this session; and do so again"),
         ),
+        more="""%llm cache clear
+%llm cache off""",
     ),
     "report": Command(
         _report,
@@ -336,8 +347,16 @@ _COMMANDS: dict[str, Command] = {
                 "what was spent, and saved, as a DataFrame; SINCE is 7d, 12h, 30m …",
             ),
         ),
+        more="""%llm report              by day
+%llm report model 7d     by model, of the last seven days
+%llm report tag""",
     ),
-    "export": Command(_export, (("%llm export PATH [--overwrite]", "the ledger as .csv, .jsonl or .parquet"),)),
+    "export": Command(
+        _export,
+        (("%llm export PATH [--overwrite]", "the ledger as .csv, .jsonl or .parquet"),),
+        more="""%llm export calls.csv
+%llm export calls.jsonl --overwrite""",
+    ),
     "breakers": Command(
         _breakers,
         (
@@ -345,8 +364,15 @@ _COMMANDS: dict[str, Command] = {
             ("%llm breakers reset [ENDPOINT]", "close them, or one"),
             ("%llm breakers isolate ENDPOINT", "admit no call until reset"),
         ),
+        more="""%llm breakers reset
+%llm breakers isolate openai:gpt-5-mini""",
     ),
-    "calls": Command(_calls, (("%llm calls [N]", "the newest calls of the ledger, as a DataFrame"),)),
+    "calls": Command(
+        _calls,
+        (("%llm calls [N]", "the newest calls of the ledger, as a DataFrame"),),
+        more="""%llm calls               the newest ten
+%llm calls 100""",
+    ),
     "prompts": Command(
         prompts.run,
         (
@@ -360,13 +386,21 @@ _COMMANDS: dict[str, Command] = {
 %%llm_compare --with summary@1,summary@2      compare two versions
 %llm report tag                               what the calls of each version have cost""",
     ),
-    "why": Command(history.why, (("%llm why [REQUEST_ID]", "the life of one call; without an id, of the last one"),)),
+    "why": Command(
+        history.why,
+        (("%llm why [REQUEST_ID]", "the life of one call; without an id, of the last one"),),
+        more="""%llm why                 cache, budget, waits, attempts and choice of the last call
+%llm why 019ac2          the call whose id begins so; %llm calls lists them""",
+    ),
     "show": Command(
         history.show,
         (
             ("%llm show [REQUEST_ID]", "an answer again, as it was shown; without an id, the last one"),
             ("%llm show clear", "forget all answers that were kept to be shown again"),
         ),
+        more="""%llm show                the last answer, also of a kernel that is gone
+%llm show 019ac2         the one whose id begins so
+%llm show clear""",
     ),
     "chat": Command(
         chats.chat,
@@ -376,6 +410,38 @@ _COMMANDS: dict[str, Command] = {
             ("%llm chat NAME undo", "bring back the turns that the last one left out"),
             ("%llm chat NAME clear", "forget it"),
         ),
+        more="""%%llm --chat trip        a cell that goes on with the conversation trip, or begins it
+%llm chat
+%llm chat trip
+%llm chat trip clear""",
     ),
-    "help": Command(_help, (("%llm help [TOPIC]", "this list, or one command with examples"),)),
+    "record": Command(
+        recording.record,
+        (
+            (recording.RECORD, "record the calls of the cells that follow, to replay them anywhere;"),
+            ("", "--scrub: personal data is left out, as keys always are; --overwrite: begin the file anew;"),
+            ("", "--new: record what is not in it yet, and answer the rest from it"),
+        ),
+        more="""%llm record calls.jsonl
+%llm record calls.jsonl --scrub
+%llm record calls.jsonl --new""",
+    ),
+    "replay": Command(
+        recording.replay,
+        (
+            (recording.REPLAY, "answer the cells that follow from a file: no key, no network, nothing spent;"),
+            ("", "--live: ask for real what is not in it, instead of an error"),
+        ),
+        more="""%llm replay calls.jsonl
+%llm replay calls.jsonl --live""",
+    ),
+    "live": Command(recording.live, (("%llm live", "neither record nor replay"),), more="%llm live"),
+    "help": Command(
+        manual.run,
+        (("%llm help [TOPIC]", "this list; or a command, an option or a topic, with examples"),),
+        more="""%llm help
+%llm help budget
+%llm help --schema
+%llm help templates""",
+    ),
 }

@@ -17,6 +17,7 @@ from llmkit.notebook.arguments import FORMATS, documented, parse
 from llmkit.notebook.bodies import allow_empty
 from llmkit.notebook.budgets import in_words
 from llmkit.notebook.chats import Chats, here, with_next_step
+from llmkit.notebook.completion import install as complete
 from llmkit.notebook.registration import Kept, changed_settings, handle_errors, register, take_back
 from llmkit.notebook.session import MODES, Session, display_mode
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from llmkit.notebook.arguments import CellLine
+    from llmkit.notebook.chats import Place
     from llmkit.notebook.question import Question
 
 __all__ = ["LLMMagics"]
@@ -101,6 +103,7 @@ class LLMMagics(Magics):
         atexit.register(self.session.close)
         self.undo.append(partial(atexit.unregister, self.session.close))
         self.undo.append(allow_empty(self.shell))
+        self.undo.append(complete(self))
         self.set_again({} if kept is None else kept.settings)
         try:
             self._greet()
@@ -124,9 +127,16 @@ class LLMMagics(Magics):
     def _greet(self) -> None:
         _ = self.display_mode
         default = f"{self.model} (as %config says)" if self.model else self.of_tier or str(self.session.default)
-        print(
-            f"llmkit: {'' if default.startswith('the ') else 'model '}{default} · {in_words(self.session.budget, self.max_cost)}"
-        )
+        caps = in_words(self.session.budget, self.max_cost)
+        said = f"llmkit: {'' if default.startswith('the ') else 'model '}{default} · {caps}"
+        taping = self.session.taping
+        if taping is not None:
+            from llmkit.notebook.recording import greeting
+
+            said = greeting(taping, said)
+        self.session.greeting = said
+        self.session.tell_recording()
+        print(said)
         for notice in self.session.config.notices:
             print(f"llmkit: {notice}")
 
@@ -233,8 +243,19 @@ class LLMMagics(Magics):
             return
         self._ask_once(said, question)
 
-    def question(self, said: CellLine, cell: str, local_ns: Mapping[str, Any]) -> Question:
+    def question(
+        self,
+        said: CellLine,
+        cell: str,
+        local_ns: Mapping[str, Any],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        place: Place | None = None,
+    ) -> Question:
         """What a cell with this line and text asks.
+
+        Args:
+            settings: in the place of what ``%config`` says. place: of the cell; by default the one that runs.
 
         Raises:
             ConfigError, TemplateError: it cannot be asked.
@@ -243,10 +264,11 @@ class LLMMagics(Magics):
 
         kept = self.session.prompts.get(said.saved) if said.saved else None
         names = (self.shell.user_ns, local_ns)
-        question = Question.of(said, cell, settings=self._settings(), names=names, kept=kept)
+        settings = self._settings() if settings is None else settings
+        question = Question.of(said, cell, settings=settings, names=names, kept=kept)
         if "tier" not in question.options:
             question.options.setdefault("model", self.session.default.model)
-        return question.within(said.chat, self.chats, here(self.shell), said) if said.chat else question
+        return question.within(said.chat, self.chats, place or here(self.shell), said) if said.chat else question
 
     def _ask_once(self, said: CellLine, question: Question) -> None:
         from llmkit.notebook.asking import Interrupted, ask

@@ -123,15 +123,15 @@ class Totals(NamedTuple):
     worst_usd: Decimal | None
 
 
-def totals(plans: Sequence[Plan]) -> Totals:
-    """What they come to together. What would be refused costs nothing."""
-    goes = [plan for plan in plans if plan.refusal is None]
-    cached = sum(plan.cached for plan in goes)
+def totals(plans: Sequence[Plan], *, with_refused: bool = False) -> Totals:
+    """What they come to together. What would be refused costs nothing, unless it is wanted as if it were not."""
+    goes = [plan for plan in plans if with_refused or plan.refusal is None]
+    cached, refused = sum(plan.cached for plan in plans), sum(plan.refusal is not None for plan in plans)
     return Totals(
         len(plans),
-        len(goes) - cached,
+        len(plans) - cached - refused,
         cached,
-        len(plans) - len(goes),
+        refused,
         sum(plan.input_tokens for plan in goes),
         sum(plan.output_tokens for plan in goes),
         _sum([plan.expected_usd for plan in goes]),
@@ -165,18 +165,27 @@ def shown(plans: Sequence[Plan]) -> list[Section]:
 
 
 def budgets_after(plans: Sequence[Plan]) -> list[PlannedBudget]:
-    """Every limit over more than one call: before the first of them, and after the last."""
+    """Every limit over more than one call: before the first of them, and after all that would not be refused."""
     found: dict[tuple[str, str], PlannedBudget] = {}
     for plan in plans:
         for each in plan.budgets:
             if each.scope in {"request", "link"}:
                 continue
-            name = (each.scope, each.unit)
-            first = found.get(name, each)
-            refuses = first.refuses or each.refuses
-            last = first if plan.refusal is not None and name in found else each
-            found[name] = last._replace(spent=first.spent, held=first.held, refuses=refuses)
+            so_far = found.get((each.scope, each.unit)) or each._replace(
+                after_expected=each.spent, after_worst=each.spent, refuses=False
+            )
+            if plan.refusal is None:
+                so_far = so_far._replace(
+                    after_expected=_with(so_far.after_expected, each.spent, each.after_expected),
+                    after_worst=_with(so_far.after_worst, each.spent, each.after_worst),
+                )
+            found[each.scope, each.unit] = so_far._replace(refuses=so_far.refuses or each.refuses)
     return list(found.values())
+
+
+def _with(sum_: Any, before: Any, after: Any) -> Any:
+    """The sum and what one more call adds to it; None where that is unknown."""
+    return None if sum_ is None or after is None else sum_ + after - before
 
 
 def _row(number: int, plan: Plan) -> tuple[str, ...]:
