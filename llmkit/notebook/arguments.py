@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Callable, Sequence
 
-__all__ = ["FORMATS", "CellLine", "GridLine", "documented", "parse", "parse_grid"]
+__all__ = ["FORMATS", "CellLine", "GridLine", "documented", "parse", "parse_grid", "parser_of"]
 
 FORMATS = ("markdown", "text", "json", "code", "html")
 MOST_REPEATS = 100
@@ -268,6 +268,11 @@ def _grid_parser() -> _Parser:
 
 _PARSER = _with_options(_parser("%%llm", DESCRIPTION))
 _GRID_PARSER = _grid_parser()
+
+
+def parser_of(magic: str) -> _Parser:
+    """What reads the line of ``%%llm`` or ``%%llm_compare``, named without the percent signs."""
+    return {"llm": _PARSER, "llm_compare": _GRID_PARSER}[magic]
 
 
 def documented(function: Callable[..., Any]) -> Callable[..., Any]:

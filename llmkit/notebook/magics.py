@@ -226,9 +226,6 @@ class LLMMagics(Magics):
             print(self.ask.__doc__)
             return
         question = self.question(said, cell, local_ns)
-        for name in ("images",):
-            if getattr(said, name):
-                raise ConfigError(f"%%llm: {name} is not in this version yet")
         if said.plan:
             from llmkit.notebook.planning import plan_of
 

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmkit.config import Config, NotebookSettings
+from llmkit import tape
+from llmkit.config import Config, Default, NotebookSettings
 from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmkit.client import AsyncClient
-    from llmkit.config import BudgetSettings, Default
+    from llmkit.config import BudgetSettings
+    from llmkit.layers.replay import Recordist, Replay
     from llmkit.notebook.kept import History
     from llmkit.portal import Portal
     from llmkit.prompts import Prompts
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["MODES", "Session", "display_mode"]
 
 MODES = ("live", "final")
+_NEWEST = 300  # calls, in which models are looked for
 
 
 def display_mode(setting: str, otherwise: str | None = None) -> str:
@@ -40,7 +43,8 @@ class Session:
 
     def __init__(self) -> None:
         self.started = time.time()
-        self._folder = Path.cwd()  # the notebook's; a later `%cd` is about the user's files, not about settings
+        self.greeting = ""
+        self.folder = Path.cwd()  # the notebook's; a later `%cd` is about the user's files, not about settings
         self._config: Config | None = None
         self._default: Default | None = None
         self._client: AsyncClient | None = None
@@ -54,15 +58,37 @@ class Session:
             ConfigError: the first wrong one.
         """
         if self._config is None:
-            self._config = Config.load(self._folder)
+            self._config = Config.load(self.folder)
         return self._config
 
     @property
     def default(self) -> Default:
         """The model of a cell that names none, and why; what was said once stays true."""
+        taping = self.taping
+        if taping is not None and taping.replays:
+            return Default(taping.default or "", f"as in {taping.path.name}")
         if self._default is None:
             self._default = self.config.default_model()
+            if self._client is not None:
+                self._client.default_is(self._default.model)
         return self._default
+
+    @property
+    def taping(self) -> Recordist | Replay | None:
+        """What records or replays the calls of cells; None where they are only asked.
+
+        Raises:
+            ConfigError: the file that the environment names for it cannot be used.
+        """
+        if self._client is None and tape.told_by(self.config.environ) is None:
+            return None
+        return self.client.taping
+
+    def tell_recording(self) -> None:
+        """Let a recording know what was said when llmkit was loaded."""
+        taping = self.taping
+        if taping is not None and taping.replays is False:
+            taping.recorder.tell(greeting=self.greeting)
 
     @property
     def client(self) -> AsyncClient:
@@ -70,6 +96,8 @@ class Session:
             from llmkit.client import AsyncClient
 
             self._client = AsyncClient(config=self.config)
+            if self._default is not None:
+                self._client.default_is(self._default.model)
         return self._client
 
     @property
@@ -77,7 +105,7 @@ class Session:
         """The prompts that are kept in the notebook's project."""
         from llmkit.prompts import project_of
 
-        return self.client.prompts.of(project_of(self.config, self._folder))
+        return self.client.prompts.of(project_of(self.config, self.folder))
 
     @property
     def history(self) -> History:
@@ -87,6 +115,29 @@ class Session:
 
             self._history = History(self._opened_answers)
         return self._history
+
+    def models_asked(self) -> list[str]:
+        """The models of the newest calls in the ledger, as they were asked for. Waits for files, on whatever thread.
+
+        Raises:
+            LLMKitError: it cannot be read.
+        """
+        from llmkit.ledger import Ledger
+        from llmkit.state.store import is_redis, ledger_path
+
+        client, url = self._client, self.config.state_url
+        if client is not None:
+            rows = client.ledger.calls(limit=_NEWEST)
+        else:
+            path = ledger_path(url)
+            if path is None or not path.exists():
+                return []
+            ledger = Ledger.open("sqlite" if is_redis(url) else url)
+            try:
+                rows = ledger.calls(limit=_NEWEST)
+            finally:
+                ledger.close()
+        return list(dict.fromkeys(name for row in reversed(rows) for name in row["model"].split(",")))
 
     def _opened_answers(self) -> Answers:
         from llmkit.state.answers import open_answers

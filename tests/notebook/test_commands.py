@@ -269,4 +269,4 @@ def test_what_comes_later_says_so(shell, name) -> None:
 def test_an_unknown_command_suggests_the_nearest(shell) -> None:
     assert "did you mean %llm models?" in mistake(shell, "%llm modles")
     assert "no command %llm Hello" in mistake(shell, "%llm Hello, what is SSE")
-    assert "no command %llm modles; did you mean %llm help models?" in mistake(shell, "%llm help modles")
+    assert "no topic 'modles'; did you mean %llm help models?" in mistake(shell, "%llm help modles")

@@ -37,7 +37,7 @@ def registered(shell):
     manager = shell.magics_manager
     names = {kind: dict(functions) for kind, functions in manager.magics.items()}
     hooks = {name: list(functions) for name, functions in shell.events.callbacks.items()}
-    completers = list(shell.Completer.custom_matchers), [str(each) for each in shell.Completer.matchers]
+    completers = [getattr(each, "matcher_identifier", str(each)) for each in shell.Completer.matchers]
     strdispatchers = {name: (dict(d.strs), dict(d.regexs)) for name, d in shell.strdispatchers.items()}
     transformers = list(shell.input_transformers_cleanup), list(shell.input_transformers_post)
     formatters = {
