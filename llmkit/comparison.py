@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from llmkit.call import Attempt, Message
     from llmkit.client import AsyncClient
     from llmkit.clock import Clock
-    from llmkit.config import Config
     from llmkit.portal import Portal
     from llmkit.prompts import Prompts
     from llmkit.reply import Reply
@@ -131,7 +130,9 @@ class Trial:
 
     @property
     def request_id(self) -> str:
-        given: str = self.options["request_id"]
+        if self.reply is not None:  # one that is replayed has the id that it had
+            return self.reply.request_id
+        given: str = getattr(self.error, "request_id", None) or self.options["request_id"]
         return given
 
     def hear(self, news: object) -> None:
@@ -238,13 +239,15 @@ class Comparison:
             at_once=concurrency,
             stream=stream,
         )
-        comparison.check(client.config)
+        comparison.check(client)
         return comparison
 
-    def check(self, config: Config) -> None:
+    def check(self, client: AsyncClient) -> None:
         """That there are such models. Raises `ConfigError`: one of them cannot be asked."""
+        if client.taping is not None and client.taping.replays:  # what is replayed needs no model that is known here
+            return
         for model in {trial.options["model"]: None for trial in self.trials if trial.options.get("model")}:
-            config.route(model)
+            client.config.route(model)
 
     async def run(self, client: AsyncClient, hear: Callable[[Trial, object], object] | None = None) -> None:
         """Ask for all of them, and wait until each has ended; whether well or not, its trial says.
@@ -420,7 +423,8 @@ async def _asked(
             trial.reply = error.reply
     finally:
         if began is not None:
-            trial.latency_s = clock.now() - began
+            failed_s = getattr(trial.error, "latency_s", None)
+            trial.latency_s = clock.now() - began if failed_s is None else failed_s
         tell(trial, None)
 
 

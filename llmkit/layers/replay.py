@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmkit.errors import LLMKitError, ReplayMismatch
 from llmkit.events import AlertRaised, AttemptEnded, AttemptStarted, BudgetWarning, emit
@@ -77,7 +77,7 @@ class Replay:
             return await call_next(call)
         raise self._mismatch(asked)
 
-    replays = True
+    replays: Literal[True] = True
 
     def finish(self) -> None:
         """Nothing is open."""
@@ -145,7 +145,12 @@ class Recordist:
         self._open = 0
         self._left = False
 
-    replays = False
+    replays: Literal[False] = False
+    live = True
+
+    @property
+    def recording(self) -> Recording:
+        return self.recorder.recording
 
     @property
     def path(self) -> Path:

@@ -291,9 +291,9 @@ class _Progress:
         parts = footer.of_reply(reply, interrupted=interrupted, timings=view.timings)
         return [*parts, *footer.notes([*reply.call.trail.warnings, *self.notes])]
 
-    def without_answer(self, view: View) -> list[Part]:
+    def without_answer(self, view: View, took_s: float | None = None) -> list[Part]:
         """The footer of a call that never came to one."""
-        parts = footer.of_attempts(self.attempts, self.elapsed_s, timings=view.timings)
+        parts = footer.of_attempts(self.attempts, self.elapsed_s if took_s is None else took_s, timings=view.timings)
         return [*parts, *footer.notes(self.notes)]
 
     def _tell(self, what: str) -> None:
@@ -315,7 +315,8 @@ class _Progress:
 def _show_failure(error: LLMKitError, progress: _Progress, view: View) -> None:
     reply = error.reply if error.reply is not None and error.reply.text else None
     if reply is None:
-        _draw(view.done, None, progress.without_answer(view))
+        whole = error.reply if error.latency_s is None else error
+        _draw(view.done, None, progress.without_answer(view, None if whole is None else whole.latency_s))
     else:
         _draw(view.done, reply, progress.with_answer(reply, view))
 

@@ -214,6 +214,11 @@ def _use(magics: LLMMagics, words: list[str]) -> None:
     model = ",".join("".join(words).split(","))
     if not model:
         raise ConfigError("which model?", next_step="%llm use MODEL[,FALLBACK…]; %llm models lists them")
+    taping = magics.session.taping
+    if taping is not None and taping.replays:  # what is replayed needs no model that is known here
+        magics.model = model
+        print(f"llmkit: model {model} · {recording.in_words(taping)}")
+        return
     links = magics.session.config.route(model)
     magics.model = model
     print(f"llmkit: model {' → '.join(link.endpoint.name for link in links)} · {_caps(magics)}")

@@ -159,7 +159,7 @@ def _comparison(client: AsyncClient, versions: Sequence[Version], said: CellLine
         stream=said.stream,
         **sides,
     )
-    comparison.check(client.config)
+    comparison.check(client)
     return comparison
 
 
@@ -233,7 +233,7 @@ def _watch(inbox: SimpleQueue[Any], trials: Sequence[Trial], view: GridView) -> 
 
 def _show(view: GridView, trials: Sequence[Trial], began: float) -> None:
     cards = grid.ended(trials, timings=view.timings)
-    line = grid.summary(trials, time.monotonic() - began if view.timings else None)
+    line = grid.summary(trials, _took(trials, time.monotonic() - began) if view.timings else None)
     about = {"llmkit": {"comparison": [footer.metadata(trial.reply)["llmkit"] for trial in trials if trial.reply]}}
     _draw(view.done, cards, line, about)
 
@@ -282,6 +282,22 @@ class FinalGrid(QuietGrid):
         _publish({"text/html": grid.as_html(cards, line), "text/plain": grid.as_text(cards, line)}, about)
 
 
+def _took(trials: Sequence[Trial], otherwise: float) -> float:
+    """Seconds from the first to the last, as the calls have it: those of a replay are the recorded ones."""
+    spans = [span for span in map(_span, trials) if span is not None]
+    return max(end for _, end in spans) - min(begin for begin, _ in spans) if spans else otherwise
+
+
+def _span(trial: Trial) -> tuple[float, float] | None:
+    """When it began and ended, in epoch seconds; None where nobody knows."""
+    reply = trial.reply
+    if reply is not None and reply.latency_s is not None:
+        return reply.call.started_at, reply.call.started_at + reply.latency_s
+    if trial.attempts:
+        return trial.attempts[0].started, trial.attempts[-1].started + trial.attempts[-1].latency_s
+    return None
+
+
 class LiveGrid(FinalGrid):
     """The grid in a frame while it grows; in the end the frame is empty, and the whole grid an output."""
 
@@ -294,6 +310,7 @@ class LiveGrid(FinalGrid):
         self._frame.draw(grid.growing(trials, status))
 
     def done(self, cards: Sequence[Card], line: Sequence[Part], about: dict[str, Any]) -> None:
+        self._frame.begin()
         super().done(cards, line, about)
         self._frame.empty()
 
@@ -303,8 +320,7 @@ class _GridFrame(_Frame):
 
     def draw(self, cards: Sequence[Card]) -> None:
         shown = grid.as_html(cards, (), live=True)
-        if self._shown is None:
-            _publish({}, transient={"display_id": self._id})
+        self.begin()
         if (shown, "") != self._shown:
             plain = "\n".join(f"{card.number + 1}. {card.title}: {card.status}" for card in cards)
             self._update({"text/html": shown + _HANDING_OVER, "text/plain": plain})

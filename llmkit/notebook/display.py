@@ -117,6 +117,7 @@ class Live:
         self._frame.show(growing_markdown(text, self._form), status, text)
 
     def done(self, reply: Reply | None, footer: Sequence[Part]) -> None:
+        self._frame.begin()  # also where nothing grew: which outputs a cell has must not depend on how quick it was
         if reply is not None:
             _publish(bundle(reply.text, self._form), metadata(reply))
         if footer:
@@ -128,12 +129,17 @@ class _Frame:
     """One output of a cell that is drawn anew; it begins and ends without any content."""
 
     def __init__(self) -> None:
+        self._is_there = False
         self._shown: tuple[str, str] | None = None
         self._id = uuid.uuid4().hex
 
-    def show(self, markdown: str, status: str, text: str = "") -> None:
-        if self._shown is None:
+    def begin(self) -> None:
+        if not self._is_there:
+            self._is_there = True
             _publish({}, transient={"display_id": self._id})
+
+    def show(self, markdown: str, status: str, text: str = "") -> None:
+        self.begin()
         if (markdown, status) != self._shown:
             below = f"{status_html(status)}{_HANDING_OVER}"
             lines = f"{plain(text)}\n\n{status}" if text else status

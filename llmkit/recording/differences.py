@@ -80,7 +80,7 @@ def _text(message: Mapping[str, Any]) -> str:
     """Its text, with what differs from machine to machine as words."""
     content = message.get("content")
     text = "\n".join(_part(each) for each in content) if isinstance(content, list) else str(content)
-    return _PLACE.sub(r"‹\1›", Neutral().out_of(text))
+    return _PLACE.sub(r"[\1]", Neutral().out_of(text))
 
 
 def _part(part: Any) -> str:

@@ -67,6 +67,7 @@ def written(call: Call, outcome: Outcome, notes: Sequence[Event], scrub: Scrub, 
     told["way"] = scrub.tree(_given(way))
     run = {
         "request_id": call.request_id,
+        "started": call.started_at,
         "latency_s": None if reply is None else reply.latency_s,
         "failed_s": None if outcome.error is None else latency_s,
         "time_to_first_token_s": None if reply is None else reply.time_to_first_token_s,
@@ -144,6 +145,7 @@ class Told:
         self.request_id = text_of(run["request_id"])
         self.latency_s, self.failed_s = number(run.get("latency_s")), number(run.get("failed_s"))
         self.first_token_s = number(run.get("time_to_first_token_s"))
+        self.started_at = number(run.get("started")) or 0.0
         self.waited_s = number(run.get("waited_s")) or 0.0
         runs = run.get("attempts", [])
         self.attempts = [
@@ -178,7 +180,7 @@ class Told:
         trail.attempts[:], trail.skipped[:] = self.attempts, self.skipped
         trail.warnings[:], trail.saved, trail.waited_s = self.warnings, self.saved, self.waited_s
         trail.attempts_begun, trail.repairs = len(self.attempts), self.repairs
-        changes: dict[str, Any] = {"request_id": self.request_id}
+        changes: dict[str, Any] = {"request_id": self.request_id, "started_at": self.started_at}
         if self.max_cost is not None:
             changes["max_cost_usd"] = self.max_cost
         return call.to(**changes)
