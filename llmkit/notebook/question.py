@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from llmkit.call import messages_from
 from llmkit.errors import ConfigError
+from llmkit.images import illustrated
 from llmkit.notebook.prompts import fill, tagged
 
 if TYPE_CHECKING:
@@ -83,6 +85,10 @@ class Question:
             from llmkit.notebook.schemas import schema_of
 
             options["schema"] = schema_of(said.schema, names)
+        if said.images:
+            from llmkit.notebook.pictures import pictures
+
+            options["images"] = pictures(said.images, *names)
         options["template"] = filled.template
         Options.of(options)
         return cls(prompt=prompt, options=options, template=filled.template, kept=kept, parts=filled.parts)
@@ -94,4 +100,7 @@ class Question:
         if began and "system" not in said.options and (self.kept is None or self.kept.system is None):
             options.pop("system", None)
             options |= {} if system is None else {"system": system}
-        return replace(self, prompt=chats.messages(name, self.prompt, place), options=options)
+        prompt = self.prompt
+        if images := options.pop("images", None):  # with its turn, so that later ones may speak of them
+            prompt = list(illustrated(messages_from(prompt), images))
+        return replace(self, prompt=chats.messages(name, prompt, place), options=options)

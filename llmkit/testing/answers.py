@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["pieces", "prose", "thoughts"]
 
@@ -47,14 +51,15 @@ def thoughts(count: int) -> list[str]:
     return [word if index == 0 else f" {word}" for index, word in enumerate(words)]
 
 
-def prose(prompt: str, fingerprint: str) -> str:
-    """A short Markdown answer to ``prompt``; ``fingerprint`` chooses the words."""
+def prose(prompt: str, fingerprint: str, pictures: Sequence[str] = ()) -> str:
+    """A short Markdown answer to ``prompt``; ``fingerprint`` chooses the words, ``pictures`` are told of."""
     digest = hashlib.sha256(fingerprint.encode("utf-8", "replace")).digest()
     words = prompt.split()
     longest = max(words, key=len, default="")
     facts = [
         f"- **{len(words)}** {'word' if len(words) == 1 else 'words'}, {len(prompt)} characters",
         f"- longest word: *{_quoted(longest, 40) or '—'}*",
+        *(f"- picture {number}: {_quoted(picture, _QUOTED)}" for number, picture in enumerate(pictures, 1)),
         f"- a number that only this request gets: `{digest[3:7].hex()}`",
     ]
     lines = [

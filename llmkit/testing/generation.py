@@ -69,7 +69,7 @@ def _text(ask: Ask, body: dict[str, Any], settings: Settings) -> str:
         return answer
     if ask.schema is not False:
         return instance(ask.schema)
-    return prose(ask.prompt, f"{settings.seed} {ask.fingerprint}")
+    return prose(ask.prompt, f"{settings.seed} {ask.fingerprint}", ask.pictures)
 
 
 def _until(text: str, stops: tuple[str, ...]) -> tuple[str, str | None]:

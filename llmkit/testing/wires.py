@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from llmkit.models.tokens import simulated_tokens
+from llmkit.testing.pictures import seen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +37,7 @@ class Ask:
     Attributes:
         prompt: the last user message. ``fingerprint``: all that the answer may depend on.
         schema: of the JSON that is asked for; None for any JSON, and False where it is not JSON that is asked for.
+        pictures: what is seen of each, in words.
     """
 
     model: str
@@ -47,6 +49,7 @@ class Ask:
     stream: bool
     include_usage: bool
     schema: Any
+    pictures: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,6 +147,10 @@ def _read(body: dict[str, Any], *, system: str, limit: Any, stop: Any, schema: A
     asked = [text for text, message in zip(texts, messages, strict=True) if message["role"] == "user"]
     chosen = {name: body.get(name) for name in ("model", "temperature", "top_p", "seed", "random_seed")}
     said = [(message["role"], message.get("content")) for message in messages]
+    try:
+        pictures = seen(content for _, content in said)
+    except ValueError as error:
+        raise Rejected(str(error)) from None
     return Ask(
         model=model,
         prompt=(asked or texts)[-1],
@@ -154,6 +161,7 @@ def _read(body: dict[str, Any], *, system: str, limit: Any, stop: Any, schema: A
         stream=body.get("stream") is True,
         include_usage=include_usage,
         schema=schema,
+        pictures=pictures,
     )
 
 

@@ -215,7 +215,7 @@ class TestAnswers:
             {"role": "assistant", "content": "answer"},
             {
                 "role": "user",
-                "content": [{"type": "text", "text": "look here"}, {"type": "image_url", "image_url": {}}],
+                "content": [{"type": "text", "text": "look here"}, {"type": "input_audio", "input_audio": {}}],
             },
         ]
         response = self.answer(messages=messages).json()
