@@ -24,6 +24,7 @@ EACH = [
     errors.PriceUnknown("price", model="m"),
     errors.RateLimited("wait", retry_after=1.0),
     errors.Refused("no", reason="r"),
+    errors.SchemaMismatch("no", problems=("age: Field required",), repaired=True, provider="p"),
     errors.StreamBroken("cut", text_so_far="abc"),
     errors.TemplateError("name", name="df"),
     OVERLOADED,

@@ -16,6 +16,7 @@ from llmkit.call import Call, Message, Params, Timeouts, Trail
 from llmkit.endpoint import Endpoint, Link, Price
 from llmkit.providers.canonical import SCHEMA, SILENT, RequestKeys
 from llmkit.providers.http import WIRES
+from llmkit.schema import Schema
 
 IMAGE = "data:image/png;base64,"
 MESSAGES = (
@@ -193,7 +194,13 @@ def test_the_limit_that_anthropic_is_sent_is_in_the_key_although_nobody_said_it(
     )
 
 
-OTHER_CALLS: dict[str, list[Any]] = {"repeat": [1, 2], "namespace": ["user:ana", "1", "0 None "]}
+OTHER_CALLS: dict[str, list[Any]] = {
+    "repeat": [1, 2],
+    "namespace": ["user:ana", "1", "0 None "],
+    "schema": [
+        Schema.of(said) for said in ("a", "b", "a, b", "b, a", "a int", "[] a", {"type": "object", "minProperties": 1})
+    ],
+}
 UNSENT_CALLS: dict[str, list[Any]] = {
     "request_id": ["another"],
     "model": ["alias"],
@@ -214,6 +221,7 @@ UNSENT_CALLS: dict[str, list[Any]] = {
     "link": [Link(endpoint=ENDPOINT)],
     "hold": [object()],
     "on_send": [print],
+    "template": ["digest"],
     "trail": [Trail()],
 }
 
