@@ -28,8 +28,8 @@ def schema_of(text: str, names: Sequence[Mapping[str, Any]]) -> Schema:
         names: the notebook's variables; those of later mappings win.
 
     Raises:
-        ConfigError: it means nothing. One word alone that is no variable is more likely a wrong name than a schema of
-            one field, so it is not guessed to be one.
+        ConfigError: it means nothing. One word alone that is no variable is the one field only where it does not look
+            like a wrong name: with a capital, with a dot, or nearly the name of a class or of a schema.
     """
     said = text.strip()
     match = _NAMED.fullmatch(said)
@@ -43,12 +43,14 @@ def schema_of(text: str, names: Sequence[Mapping[str, Any]]) -> Schema:
         return Schema.of(GenericAlias(list, (value,)) if match and match["inside"] else value)
     if match and match["inside"]:
         return Schema.of(text)  # list[int], or an error that names the type
-    known = {each for mapping in names for each, value in mapping.items() if isinstance(value, type | dict)}
+    known = {each for mapping in names for each, value in mapping.items() if isinstance(value, type | dict | Schema)}
     near = difflib.get_close_matches(first, known, 1)
+    if not (near or rest or first[:1].isupper()):
+        return Schema.of(text)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(
         f"--schema {name:.60}: there is no such variable{hint}",
-        next_step=f"define it in a cell before; one field alone is written with its type: --schema '{name:.40} str'",
+        next_step=f"define it in a cell before; if it is to be the one field: --schema '{name:.40} str'",
     )
 
 
