@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
 from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmkit.calendar import window
 from llmkit.errors import StoreError
 from llmkit.events import AlertRaised, emit
+from llmkit.lock import new_lock
 from llmkit.models.prices import from_nanos, to_nanos
 from llmkit.money import amount, money
 
@@ -87,7 +87,7 @@ class Alerts:
         self._clock = clock
         self._on_alert = on_alert
         self._sums_matter = any(each is not None for each in (settings.hour_usd, settings.day_usd, settings.jump))
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._sums: _Sums | None = None
         self._since = 0  # nano-dollars of calls that ended after the ledger was last asked
         self._looking = False

@@ -18,6 +18,7 @@ import concurrent.futures
 import functools
 import logging
 import os
+import sys
 import threading
 import weakref
 from contextlib import suppress
@@ -882,6 +883,15 @@ _LEDGERS: weakref.WeakSet[Ledger] = weakref.WeakSet()
 def _in_child() -> None:
     for ledger in list(_LEDGERS):
         ledger._start_afresh()
+    multiprocessing = sys.modules.get("multiprocessing.util")
+    if multiprocessing is not None:  # its children end without what `atexit` was told
+        multiprocessing.register_after_fork(_at_exit, _finish_with_the_worker)
+
+
+def _finish_with_the_worker(at_exit: Callable[[], None]) -> None:
+    from multiprocessing.util import Finalize
+
+    Finalize(None, at_exit, exitpriority=10)
 
 
 if hasattr(os, "register_at_fork"):

@@ -19,6 +19,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from weakref import WeakSet
 
 import aiohttp
 import httpx
@@ -162,6 +163,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
     def __init__(self, verify: ssl.SSLContext | None = None) -> None:
         self._ssl = verify
         self._sessions: _Sessions = {}
+        _TRANSPORTS.add(self)
         self._timeouts: dict[float | None, aiohttp.ClientTimeout] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -273,6 +275,13 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             else:
                 _forget(session)
 
+    def _start_afresh(self) -> None:
+        """In a forked child: the connections are the parent's."""
+        sessions, self._sessions = self._sessions, {}
+        for each in sessions.values():
+            _CARRIED_OVER.append(each)
+            _disown(each[0])
+
     def __del__(self) -> None:
         # A client that nobody closed is an ordinary thing in a notebook, and no reason to complain there.
         for loop, (session, _) in getattr(self, "_sessions", {}).items():
@@ -382,3 +391,37 @@ def _reason(error: Exception) -> str:
         if isinstance(found, OSError) and found.strerror:
             return os.strerror(found.errno) if found.errno and found.errno > 0 else found.strerror
     return type(error).__name__
+
+
+_TRANSPORTS: WeakSet[AiohttpTransport] = WeakSet()
+_CARRIED_OVER: list[Any] = []
+"""Kept for good: their ends would reach into the parent's event loop, whose selector a forked child shares."""
+
+
+def _disown(session: aiohttp.ClientSession) -> None:
+    """Put nothing in the place of each socket, so that the parent's closing is seen by the server at once.
+
+    Closed in the ordinary way they would be taken out of the parent's selector, and the parent would wait for ever.
+    """
+    connector = session.connector
+    if connector is None:
+        return
+    idle = [handler for waiting in connector._conns.values() for handler, _ in waiting]
+    nothing = os.open(os.devnull, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    try:
+        for handler in [*idle, *connector._acquired]:
+            sock = None if handler.transport is None else handler.transport.get_extra_info("socket")
+            if sock is not None and sock.fileno() >= 0:
+                os.dup2(nothing, sock.fileno(), inheritable=False)
+    finally:
+        os.close(nothing)
+
+
+def _in_child() -> None:
+    for transport in list(_TRANSPORTS):
+        with suppress(OSError):
+            transport._start_afresh()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

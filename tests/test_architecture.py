@@ -230,7 +230,7 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_the_names_that_the_surface_promises_are_public() -> None:
-    promised = {"Client", "AsyncClient", "Config", "Message", "Reply", "Usage"}
+    promised = {"Client", "AsyncClient", "Config", "Message", "Plan", "Reply", "Usage"}
     assert promised <= set(llmkit.__all__)
     assert {"Simulator", "FakeClock"} <= set(dir(llmkit.testing))
 

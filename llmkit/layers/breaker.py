@@ -28,6 +28,7 @@ from llmkit.circuit import CircuitState
 from llmkit.endpoint import Endpoint
 from llmkit.errors import CallRejected, CircuitOpen, ContextTooLong, LLMKitError, ProviderError, StoreError
 from llmkit.events import CircuitChanged, emit
+from llmkit.lock import new_lock
 from llmkit.redaction import redact
 from llmkit.reply import Outcome, settled
 from llmkit.shield import shielded
@@ -85,7 +86,7 @@ class Circuit:
         self.failures_in_row = 0
         self._settings = settings
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._window: deque[tuple[float, bool]] = deque(maxlen=1000)
         self._failed_in_window = 0
         self._reopens_at = 0.0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.circuit import CircuitState
+from llmkit.lock import new_lock
 from llmkit.state.owner import is_gone
 from llmkit.state.store import fitting_text
 
@@ -37,7 +37,7 @@ class MemoryCircuits:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._states: dict[str, CircuitState] = {}
         self._probes: dict[str, dict[str, float]] = {}
 

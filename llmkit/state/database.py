@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.errors import StoreError
+from llmkit.lock import new_lock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +39,7 @@ Work = Callable[[sqlite3.Connection], T]
 
 PATIENCE_S = 10.0
 LOOK_AGAIN_S = 1.0  # how often a transaction checks that the file is still the one at its path
+FORK_S = 10.0  # how long a fork waits for a transaction or a reader; SQLite in the child would take it for its own
 GROUP = 64  # most waiting pieces of work that share one transaction
 CHANGES_A_CHECKPOINT = 5_000  # rows; about four thousand pages
 PAGES_OF_LOG = 4000  # beyond them the log is begun anew; 16 MB
@@ -98,7 +100,8 @@ class Database:
         self._settings = tuple(settings)
         self._changes_a_checkpoint = CHANGES_A_CHECKPOINT if changes_a_checkpoint is None else changes_a_checkpoint
         self._start_afresh()
-        _DATABASES.add(self)
+        with _BEGINNING:
+            _DATABASES.add(self)
         self._patiently(self._open)
 
     def _start_afresh(self) -> None:
@@ -482,13 +485,14 @@ class Database:
     # SQLite forbids to carry an open database across a fork, even to close it there. So nothing is open meanwhile.
 
     def _before_fork(self) -> None:
-        self._held = [lock for lock in (self._lock, self._reading, self._checkpointing) if lock.acquire(timeout=1)]
+        locks = (self._lock, self._reading, self._checkpointing)
+        self._held = [lock for lock in locks if lock.acquire(timeout=FORK_S)]
         if self._lock in self._held:
             self._let_go()
 
     def _after_fork(self, *, child: bool) -> None:
         if child:
-            if self._connection is not None:  # somebody held the lock for a whole second
+            if self._connection is not None:  # somebody held the lock for all that time
                 _CARRIED_OVER.append(self._connection)
             self._start_afresh()
             return
@@ -498,20 +502,21 @@ class Database:
 
 _DATABASES: weakref.WeakSet[Database] = weakref.WeakSet()
 _CARRIED_OVER: list[sqlite3.Connection] = []
-_MAKING = threading.Lock()
+_MAKING = new_lock()
+_BEGINNING = new_lock()  # held during a fork, which none may be opened in the midst of
 
 
 def _each_before_fork() -> None:
+    _BEGINNING.acquire(timeout=FORK_S)
     for database in list(_DATABASES):
         database._before_fork()
 
 
 def _each_after_fork(*, child: bool) -> None:
-    if child:
-        global _MAKING  # noqa: PLW0603 - another thread may have held it, and is not here
-        _MAKING = threading.Lock()
     for database in list(_DATABASES):
         database._after_fork(child=child)
+    if _BEGINNING.locked():
+        _BEGINNING.release()
 
 
 if hasattr(os, "register_at_fork"):

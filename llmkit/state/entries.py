@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.errors import StoreError
+from llmkit.lock import new_lock
 from llmkit.state.damage import aside, files, is_damage, move_aside
 from llmkit.state.database import Database
 from llmkit.state.shared import Contents
@@ -114,7 +114,7 @@ class MemoryEntries:
         self._rows: dict[str, tuple[bytes, float | None, str]] = {}  # the least recently used first
         self._size = 0
         self._generation = 0
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     async def get(self, key: str) -> tuple[bytes, float | None] | None:
         with self._lock:
@@ -205,7 +205,7 @@ class SQLiteEntries:
         self._used: dict[str, None] = {}  # the last one used at the end
         self._puts = 0
         self._groups: dict[asyncio.AbstractEventLoop, list[tuple[Work[Any], asyncio.Future[Any]]]] = {}
-        self._mending = threading.Lock()
+        self._mending = new_lock()
         self._open: Callable[[], Database] = partial(
             Database,
             path,

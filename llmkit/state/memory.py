@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import bisect
 import math
-import threading
 from typing import TYPE_CHECKING, Any
 
 from llmkit.account import Balance, Hold, Release, Sent, Settle
 from llmkit.errors import StoreError
+from llmkit.lock import new_lock
 from llmkit.state.holds import (
     HELD,
     RELEASED,
@@ -80,7 +80,7 @@ class MemoryStore:
         self._accounts: dict[str, Amounts] = {}
         self._holds: dict[tuple[str, int], Held] = {}
         self._undo: list[tuple[dict[Any, Any], Any, Any]] = []
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
