@@ -415,7 +415,7 @@ async def _asked(
             await trial.reply.read()
         trial.status = "complete" if trial.reply.outcome and trial.reply.outcome.status == "complete" else "aborted"
     except asyncio.CancelledError:
-        trial.status = "not asked" if began is None else "aborted"
+        trial.status = "aborted" if trial.sent else "not asked"
         raise
     except Exception as error:  # noqa: BLE001 - a row that says so; the others go on
         trial.status, trial.error = "failed", error

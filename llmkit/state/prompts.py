@@ -177,7 +177,7 @@ def open_prompts(url: str) -> PromptStore:
             path,
             migrations=MIGRATIONS,
             application_id=APPLICATION_ID,
-            what="prompts",
+            what="store of prompts",
             private_folder=private,
             settings=_SETTINGS,
         )
