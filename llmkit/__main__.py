@@ -25,6 +25,7 @@ examples:
   llmkit doctor                    what llmkit finds here: keys (never shown), servers, settings, store
   llmkit report model 7d           what calls cost and what was saved: by day, hour, week, month, model, user or tag
   llmkit export calls.csv          the ledger as .csv, .jsonl or .parquet
+  llmkit sanitize                  the file that lets nbval overlook times: pytest --nbval-sanitize-with FILE
   llmkit simulate --port 8765      the simulator as a server for any client
 """
 
@@ -59,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="the ledger as a file: every call with its attempts")
     export.add_argument("path", metavar="PATH", help="a file that ends in .csv, .jsonl or .parquet")
     export.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+
+    commands.add_parser("sanitize", help="print the path of the file that lets nbval overlook how long answers took")
 
     simulate = commands.add_parser(
         "simulate", help="serve the simulator over HTTP, for any client of either wire format"

@@ -37,7 +37,7 @@ _PLAIN_TAG = r"</?(?:br|sub|sup|kbd|mark)\s?/?>"
 _TAG = r"<(?=[A-Za-z/!?])"
 _URL = r"""(?:[^\s<>"'`$\\{}()\x00\x01]|\([^\s<>"'`$\\{}()\x00\x01]*\))"""
 _LINK = rf"""\]\((?!(?:https?://|mailto:|\#){_URL}+(?:[ ]+"[^"<>$\\`]*")?\))"""
-_IMAGE = r"!+\["
+_IMAGE = r"(?<!!)!+\["
 _DEFINITION = r"\]:"
 _MACRO = (
     r"\\(?=(?:href|url|style|class|cssId|data|require|mmlToken|bbox|html\w*|unicode|includegraphics|g?def|x?let"
@@ -49,11 +49,11 @@ _IN_TEXT = re.compile(
     re.IGNORECASE,
 )
 _WRITTEN_OUT = {"tag": "&lt;", "link": "]&#40;", "definition": "]&#58;", "macro": "&#92;", "start": "&#92;&#92;"}
-_BEGINS_DEFINITION = r"^[\s>*+\-\d.)]*\[(?:[^\[\]\\]|\\.){1,999}\]:"
+_BEGINS_DEFINITION = r"^[ \t>*+\-\d.)]*\[(?:[^\[\]\\]|\\.){1,999}\]:"
 _IN_CODE = re.compile(rf"{_TAG}|{_IMAGE}|{_LINK}|{_BEGINS_DEFINITION}|{_MACRO}", re.IGNORECASE | re.MULTILINE)
 _NOTABLE = re.compile(rf"\$|\\|mermaid|{_TAG}|{_IMAGE}|{_LINK}|{_DEFINITION}", re.IGNORECASE)
 # JupyterLab puts a formula back as it was wherever it stood, also into the address of a link.
-_ADDRESS = re.compile(r"(?:https?://|ftp://|www\.|[\w.+-]+@[\w-])[^\s<]*", re.IGNORECASE)
+_ADDRESS = re.compile(r"(?:https?://|ftp://|www\.|(?<![\w.+-])[\w.+-]+@[\w-])[^\s<]*", re.IGNORECASE)
 
 FENCE = re.compile(r"(?P<lead>[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])[ \t]*)*)(?P<mark>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)$")
 """A line that begins code, also in a list or a quotation."""
@@ -70,9 +70,10 @@ _SPANS = (("$$", "$$"), ("\\begin{", "\\end{"), ("\\\\[", "\\\\]"), ("\\\\(", "\
 _BRACES = re.compile(r"\\.|[{}]")
 _FORMULA = re.compile(r"[\\^_{}=+*<>]")
 _LONGEST_LINE = 10_000
+_LONGEST_FORMULA = 5_000
 # A diagram may hold addresses of pictures, which its drawing would fetch, and settings of the drawing.
 _RISKY_DIAGRAM = re.compile(
-    r"//|#\d|url|img|image|href|link|script|%%\{|@\{|^\s*---|\bclick\b|<(?!br\s?/?>)[a-z/!]",
+    r"//|#\d|url|img|image|href|link|script|%%\{|@\{|^[ \t]*---|\bclick\b|<(?!br\s?/?>)[a-z/!]",
     re.IGNORECASE | re.MULTILINE,
 )
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~\n\t]")
@@ -164,9 +165,9 @@ class _Walk:
 
     def _end_of_formula(self, start: int, begin: str, finish: str) -> int | None:
         seen = ""
-        for at in range(start, min(start + 200, len(self._lines))):
+        for at in range(start, len(self._lines)):
             line = self._lines[at].strip()
-            if not line or FENCE.match(line):
+            if not line or len(seen) > _LONGEST_FORMULA or FENCE.match(line):
                 return None
             seen += line[len(begin) :] if at == start else line
             if finish in seen:

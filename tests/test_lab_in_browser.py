@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
@@ -181,7 +182,7 @@ def output(page, index):
 
 def falls(page):
     heights = page.evaluate("window.heights")
-    return max((before - after for before, after in zip(heights, heights[1:], strict=False)), default=0)
+    return max((before - after for before, after in pairwise(heights)), default=0)
 
 
 def test_an_answer_grows_without_jumping(cells, page, server) -> None:

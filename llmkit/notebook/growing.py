@@ -16,10 +16,10 @@ __all__ = ["drawable"]
 LONGEST_WAIT = 2_000
 """Characters that may be kept waiting: what goes on longer is shown as it is."""
 
-_UNDECIDED = re.compile(r"[\s>]*(?:[-*+_=#`~|:$>\\\[\]().!<]|\d{1,9}[.)]?)*\s*$")
+_UNDECIDED = re.compile(r"[-*+_=#`~|:$>\\\[\]().!<\d\s]*$")
 _ROW = re.compile(r"[\s>]*\|")
-_RULE = re.compile(r"[\s>]*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$")
-_HALF_LINK = re.compile(r"!?\[[^\[\]]*(?:\](?:\([^()\s]*(?:\([^()\s]*\))?[^()\s]*)?)?$")
+_RULE = re.compile(r"[\s>]*+\|?\s*+:?-++:?\s*+(?:\|\s*+:?-++:?\s*+)*+\|?\s*+$")
+_HALF_LINK = re.compile(r"!?\[[^\[\]]*(?:\](?:\([^()\s]*+(?:\([^()\s]*+\))?[^()\s]*+)?)?$")
 _HALF_TAG = re.compile(r"<[A-Za-z/!][^<>]*$|&#?\w{0,8}$")
 _HALF_MATH = re.compile(r"(?<!\\)\\[(\[](?:(?!\\[)\]]).)*$", re.DOTALL)
 
@@ -27,17 +27,16 @@ _HALF_MATH = re.compile(r"(?<!\\)\\[(\[](?:(?!\\[)\]]).)*$", re.DOTALL)
 def drawable(text: str) -> str:
     """As much of ``text`` as can be drawn now, with what is open closed."""
     lines = text.split("\n")
-    open_fence = ""
-    started = 0
-    for at, line in enumerate(lines):
-        if not open_fence:
-            if mark := FENCE.match(line):
-                open_fence, started = mark["mark"], at
-        elif (end := FENCE_END.match(line)) and end["mark"].startswith(open_fence):
-            open_fence = ""
-    if open_fence:
-        return _within_code(lines, started, open_fence)
-    return _within_text(lines)
+    mark, at = "", 0  # of the last fence: what it is made of while it is open, and where it began or ended
+    for number, line in enumerate(lines):
+        if not mark:
+            if fence := FENCE.match(line):
+                mark, at = fence["mark"], number
+        elif (end := FENCE_END.match(line)) and end["mark"].startswith(mark):
+            mark, at = "", number + 1
+    if mark:
+        return _within_code(lines, at, mark)
+    return "\n".join([*lines[:at], *_within_text(lines[at:])])
 
 
 def _within_code(lines: list[str], started: int, mark: str) -> str:
@@ -53,36 +52,41 @@ def _within_code(lines: list[str], started: int, mark: str) -> str:
     return "\n".join([*lines, f"{lead[0] if lead else ''}{mark}"])
 
 
-def _within_text(lines: list[str]) -> str:
-    lines = _without_half_table(lines)
-    if not lines:
-        return ""
-    start = len(lines)
+def _within_text(lines: list[str]) -> list[str]:
+    kept = _without_half_table(lines)
+    if len(kept) < len(lines):  # what is left are whole lines
+        return _without_blank_end(kept)
+    start = max(0, len(lines) - 1)
     while start and lines[start - 1].strip():
         start -= 1
-    before, paragraph = lines[:start], "\n".join(lines[start:])
-    shown = _without_half_formula(paragraph)
+    shown = _without_half_formula("\n".join(lines[start:]))
     head, newline, last = shown.rpartition("\n")
-    last = "" if _UNDECIDED.match(last) else _closed(last)
-    return "\n".join([*before, f"{head}{newline}{last}" if last else head]).rstrip("\n")
+    if _UNDECIDED.match(last) and not last.endswith(("$$", "\\]")):
+        head, last = head.rstrip("\n"), ""
+    paragraph = f"{head}{newline}{_closed(last)}" if last else head
+    return [*lines[:start], paragraph] if paragraph else _without_blank_end(lines[:start])
+
+
+def _without_blank_end(lines: list[str]) -> list[str]:
+    while lines and not lines[-1].strip():
+        lines = lines[:-1]
+    return lines
 
 
 def _without_half_table(lines: list[str]) -> list[str]:
     """A table row by row, from its second line on."""
-    rows = 0
-    while rows < len(lines) and _ROW.match(lines[len(lines) - 1 - rows]):
-        rows += 1
-    ended = lines[-1] == "" and len(lines) > 1
-    if ended:  # whole lines only
-        rows = 0
-        while rows + 1 < len(lines) and _ROW.match(lines[len(lines) - 2 - rows]):
-            rows += 1
-        return lines[: len(lines) - 1 - rows] if rows == 1 else lines
-    if not rows:
+    if not lines:
         return lines
-    if rows <= 2 and not (rows == 2 and len(lines) > 2 and _RULE.match(lines[-3])):
-        return lines[: len(lines) - rows]
-    return lines[:-1]
+    whole = lines[:-1]
+    first = len(whole)
+    while first and _ROW.match(whole[first - 1]):
+        first -= 1
+    rows = len(whole) - first
+    if rows == 1 and (not lines[-1] or _ROW.match(lines[-1])):
+        return lines[:first]
+    if not _ROW.match(lines[-1]):
+        return lines
+    return whole if not rows or _RULE.match(whole[first + 1]) else lines
 
 
 def _without_half_formula(paragraph: str) -> str:
@@ -99,7 +103,7 @@ def _closed(line: str) -> str:
     """The last line, without the half of a link or a tag, emphasis and code ended."""
     for half in (_HALF_LINK, _HALF_TAG):
         found = half.search(line)
-        if found and len(line) - found.start() <= LONGEST_WAIT:
+        if found and len(line) - found.start() <= LONGEST_WAIT and line.count("`", 0, found.start()) % 2 == 0:
             line = line[: found.start()]
     line = line.rstrip("*_~`") if line.endswith(("*", "_", "~", "`")) and _opens(line) else line
     if line.count("`") % 2:
