@@ -173,6 +173,7 @@ class LLMMagics(Magics):
     @documented
     def ask(self, line: str, cell: str, local_ns: Mapping[str, Any] | None = None) -> None:
         with self._unfolding():
+            self.session.within(here(self.shell))
             self._ask(line, cell, local_ns or {})
 
     @no_var_expand
@@ -183,6 +184,7 @@ class LLMMagics(Magics):
         from llmkit.notebook.comparing import compare
 
         with self._unfolding():
+            self.session.within(here(self.shell))
             compare(self, line, cell, local_ns or {})
 
     @no_var_expand

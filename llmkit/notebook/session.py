@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmkit.client import AsyncClient
     from llmkit.config import BudgetSettings
     from llmkit.layers.replay import Recordist, Replay
+    from llmkit.notebook.chats import Place
     from llmkit.notebook.kept import History
     from llmkit.portal import Portal
     from llmkit.prompts import Prompts
@@ -83,6 +84,12 @@ class Session:
         if self._client is None and tape.told_by(self.config.environ) is None:
             return None
         return self.client.taping
+
+    def within(self, place: Place) -> None:
+        """The cell at ``place`` begins to ask."""
+        taping = self._client.taping if self._client is not None else None
+        if taping is not None and taping.replays is False:
+            taping.recorder.within(place.cell, place.run)
 
     def tell_recording(self) -> None:
         """Let a recording know what was said when llmkit was loaded."""

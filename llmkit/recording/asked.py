@@ -89,7 +89,7 @@ def _brief(value: Any) -> Any:
         return {name: _brief(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_brief(each) for each in value]
-    if isinstance(value, str) and len(value) > _LONGEST_INLINE:
+    if isinstance(value, str) and (value.startswith("data:") or len(value) > _LONGEST_INLINE):
         head, comma, _ = value[:100].partition(",")
         kind = f"{head}," if comma and head.startswith("data:") else ""
         return f"{kind}sha256:{sha256(value.encode('utf-8', 'surrogatepass')).hexdigest()}"

@@ -65,6 +65,10 @@ class Recorder:
         self._process = os.getpid()
         self._guard = new_lock()
         self._numbers: dict[str, int] = {}
+        self._run: str | None = None
+        self._cells: dict[str, dict[str, list[int]]] = {}  # by cell, the questions of its last run with their numbers
+        self._asking: dict[str, list[int]] = {}
+        self._again: dict[str, list[int]] = {}
         self._file = _opened(path)
         try:
             self.recording = self._held(overwrite=overwrite)
@@ -97,11 +101,30 @@ class Recorder:
                 self.recording.head = told
                 self._append(header(told))
 
+    def within(self, cell: str | None, run: str | None) -> None:
+        """The calls that follow belong to that run of that cell; None where nobody knows.
+
+        A cell that is run again asks its questions again, and has one output: what it is told now takes the place of
+        what it was told before, and is not one time more.
+        """
+        with self._guard:
+            if cell is None:
+                self._asking, self._again = {}, {}
+            elif run != self._run:
+                self._again, self._asking = self._cells.get(cell, {}), {}
+                self._cells[cell] = self._asking
+            self._run = None if cell is None else run
+
     def begin(self, asked: Asked) -> int:
         """A question is asked: for the how many-th time since the recorder was opened."""
+        digest = asked.digest
         with self._guard:
-            number = self._numbers[asked.digest] = self._numbers.get(asked.digest, 0) + 1
-            self._order.setdefault((asked.digest, number), len(self._order))
+            if again := self._again.get(digest):
+                number = again.pop(0)
+            else:
+                number = self._numbers[digest] = self._numbers.get(digest, 0) + 1
+            self._asking.setdefault(digest, []).append(number)
+            self._order.setdefault((digest, number), len(self._order))
             return number
 
     def skip(self, asked: Asked, number: int) -> None:
@@ -109,6 +132,9 @@ class Recorder:
         with self._guard:
             if self._numbers.get(asked.digest) == number:
                 self._numbers[asked.digest] = number - 1
+                mine = self._asking.get(asked.digest, [])
+                if number in mine:
+                    mine.remove(number)
 
     def write(self, asked: Asked, number: int, told: dict[str, Any]) -> None:
         """A question was answered.
