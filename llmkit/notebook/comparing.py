@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llmkit.comparison import Comparison, Version
 from llmkit.errors import ConfigError, LLMKitError
+from llmkit.events import Event
 from llmkit.money import money
 from llmkit.notebook import footer, grid
 from llmkit.notebook.arguments import parse_grid
 from llmkit.notebook.asking import TICK_S, _draw, _Pace, _Progress
 from llmkit.notebook.display import _HANDING_OVER, _Frame, _publish
-from llmkit.notebook.session import display_mode
+from llmkit.notebook.life import Life
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from llmkit.notebook.grid import Card
     from llmkit.notebook.magics import LLMMagics
     from llmkit.notebook.question import Question
+    from llmkit.notebook.session import Session
 
 __all__ = ["ComparisonInterrupted", "compare", "grid_of", "samples", "samples_of"]
 
@@ -183,29 +185,52 @@ def _run(magics: LLMMagics, comparison: Comparison, said: CellLine) -> None:
     """Ask and draw until all have ended."""
     session, inbox = magics.session, SimpleQueue[Any]()
     view = _view_for(magics, quiet=said.quiet)
-    client = session.client
-    began = time.monotonic()
+    client, trials = session.client, comparison.trials
+    lives = [Life() for _ in trials]
+
+    def told(trial: Trial, news: object) -> None:
+        if isinstance(news, Event):
+            lives[trial.number].hear(news)
+        inbox.put((trial, news))
 
     async def work() -> None:
         try:
-            await comparison.run(client, lambda trial, news: inbox.put((trial, news)))
+            await comparison.run(client, told)
         finally:
             inbox.put(None)
 
     job = session.portal._job(work())
+    interrupted = None
     try:
         job.begin()  # in here: an interrupt may come at any moment
-        _watch(inbox, comparison.trials, view)
+        _watch(inbox, trials, view)
         job.result()
     except (KeyboardInterrupt, CancelledError):
+        interrupted = ComparisonInterrupted(trials)
         job.cancel()
-        _show(view, comparison.trials, began)
-        raise ComparisonInterrupted(comparison.trials) from None
+        raise interrupted from None
     except BaseException:
         job.cancel()
-        _show(view, comparison.trials, began)
         raise
-    _show(view, comparison.trials, began)
+    finally:
+        _show(view, trials, lives)
+        _remember(session, trials, lives, interrupted, timings=view.timings)
+
+
+def _remember(
+    session: Session,
+    trials: Sequence[Trial],
+    lives: Sequence[Life],
+    interrupted: BaseException | None,
+    *,
+    timings: bool,
+) -> None:
+    """Keep each call for ``%llm why`` and ``%llm show``; without an id, they tell of the last one of the grid."""
+    for trial, life in zip(trials, lives, strict=True):
+        error = trial.error or (interrupted if trial.status == "aborted" else None)
+        if trial.reply is not None or life.request_id is not None:
+            prompt: Any = trial.version.prompt
+            session.history.keep(prompt, life, trial.reply, error, model=trial.model, form="text", timings=timings)
 
 
 def _watch(inbox: SimpleQueue[Any], trials: Sequence[Trial], view: GridView) -> None:
@@ -231,9 +256,10 @@ def _watch(inbox: SimpleQueue[Any], trials: Sequence[Trial], view: GridView) -> 
             pace.drawn(sum(len(trial.text) for trial in trials))
 
 
-def _show(view: GridView, trials: Sequence[Trial], began: float) -> None:
+def _show(view: GridView, trials: Sequence[Trial], lives: Sequence[Life]) -> None:
     cards = grid.ended(trials, timings=view.timings)
-    line = grid.summary(trials, _took(trials, time.monotonic() - began) if view.timings else None)
+    line = grid.summary(trials, _took(trials, lives[0].elapsed_s) if view.timings else None)
+    line += footer.notes(note for life in lives for note in life.notes)
     about = {"llmkit": {"comparison": [footer.metadata(trial.reply)["llmkit"] for trial in trials if trial.reply]}}
     _draw(view.done, cards, line, about)
 
@@ -256,7 +282,7 @@ class GridView(Protocol):
 def _view_for(magics: LLMMagics, *, quiet: bool) -> GridView:
     if quiet:
         return QuietGrid()
-    if display_mode(magics.display) == "final":
+    if magics.display_mode == "final":
         return FinalGrid()
     return LiveGrid() if hasattr(magics.shell, "kernel") else TerminalGrid()
 
@@ -310,7 +336,7 @@ class LiveGrid(FinalGrid):
         self._frame.draw(grid.growing(trials, status))
 
     def done(self, cards: Sequence[Card], line: Sequence[Part], about: dict[str, Any]) -> None:
-        self._frame.begin()
+        self._frame.begin()  # as for a single answer
         super().done(cards, line, about)
         self._frame.empty()
 
