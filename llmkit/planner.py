@@ -165,11 +165,15 @@ class Planner:
     # -- links -------------------------------------------------------------------------------------------------------
 
     async def _links(self, call: Call, looked: dict[int, _Looked], chosen: Link | None) -> tuple[PlannedLink, ...]:
-        passed = {skipped.endpoint: skipped.reason for skipped in call.trail.skipped}
+        passed: dict[str, list[str]] = {}  # in their order: a chain may name one endpoint twice
+        for skipped in call.trail.skipped:
+            passed.setdefault(skipped.endpoint, []).append(skipped.reason)
         planned, is_behind = [], False
         for link in call.route:
             at = looked[id(link)]
-            use, reason = "skipped", passed.get(link.endpoint.name) or (at.refusal.message if at.refusal else None)
+            use, reason = "skipped", at.refusal.message if at.refusal else None
+            if not is_behind and link is not chosen and passed.get(link.endpoint.name):
+                reason = passed[link.endpoint.name].pop(0)
             if link is chosen:
                 use, reason, is_behind = "asked", None, True
             elif is_behind or chosen is None:

@@ -22,7 +22,7 @@ ORDER = [
     {"notebook", "dashboard", "reports", "bulk", "evals"},
     {"client", "doctor"},
     {"comparison", "tape"},
-    {"options", "alerts", "export", "planner", "prompts", "spending"},
+    {"options", "caps", "alerts", "export", "planner", "prompts", "spending"},
     {"config", "portal"},
     {"route"},
     {"settings"},

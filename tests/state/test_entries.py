@@ -74,6 +74,33 @@ def test_what_is_put_is_got_until_it_is_deleted(opener):
     asyncio.run(main())
 
 
+def test_looking_finds_what_getting_would_and_is_no_use(opener):
+    async def main():
+        async with opener(max_bytes=30) as entries:
+            assert await entries.peek("a") is None
+            await entries.put("a", b"0" * 10, namespace="", expires=LONG)
+            await entries.put("b", b"1" * 10, namespace="", expires=None)
+            for _ in range(3):
+                assert await entries.peek("a") == (b"0" * 10, LONG)
+            await entries.put("c", b"2" * 20, namespace="", expires=None)
+            found = [await entries.peek(key) is not None for key in "abc"]
+            assert found == [False, True, True], "looking at the oldest one kept it"
+
+    asyncio.run(main())
+
+
+def test_looking_removes_nothing_that_has_expired(opener):
+    async def main():
+        async with opener() as entries:
+            await entries.put("a", b"one", namespace="", expires=entries._clock.time() - 1)
+            before = await entries.contents()
+            assert await entries.peek("a") is None
+            if opener.kind != "redis":  # a server lets it go by itself
+                assert await entries.contents() == before == (1, 3)
+
+    asyncio.run(main())
+
+
 def test_namespaces_are_counted_and_cleared_apart(opener):
     async def main():
         async with opener() as entries:
