@@ -77,7 +77,7 @@ def _moved(node: Any, wrapper: str) -> Any:
         return [_moved(each, wrapper) for each in node]
     if not isinstance(node, dict):
         return node
-    moved = {}
+    moved: dict[str, Any] = {}
     for name, value in node.items():
         if name == "$ref" and isinstance(value, str) and not value.startswith(("#/$defs/", "#/definitions/")):
             moved[name] = f"#/properties/{wrapper}{value.removeprefix('#')}"
