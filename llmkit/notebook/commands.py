@@ -389,6 +389,7 @@ _COMMANDS: dict[str, Command] = {
         more="""%%llm --save summary                          keep the cell's prompt, as the next version of summary
 %%llm --with summary                          begin with its newest version; what the cell says follows
 %%llm_compare --with summary@1,summary@2      compare two versions
+%llm prompts summary@1 summary@2              what lies between them
 %llm report tag                               what the calls of each version have cost""",
     ),
     "why": Command(

@@ -40,7 +40,9 @@ anything is sent. Code and JSON pass as they are; --raw turns templates off. Tab
 %%llm
 Which of these looks wrong? {% for row in rows %}
 - {{ row.name }}: {{ row.value }}{% endfor %}""",
-    "variables": """%%llm answer << puts the reply into a variable, as -o answer does; _ holds it, too.
+    "variables": """A name and << before the options put the reply into a variable, as -o does; _ holds it, too.
+
+%%llm answer << -t 0
 
 str(answer) is the text; answer.json() the parsed object, answer.data the validated one (--schema); answer.usage,
 answer.cost_usd, answer.attempts say what it took, answer.request_id is its key in the ledger (%llm why, %llm show).""",
