@@ -181,7 +181,8 @@ def _of_text(text: str) -> Picture:
     if not colon:
         return Picture.of_bytes(_read(os.path.expanduser(text)), text)
     if scheme.lower() not in {"https", "http"}:
-        raise ConfigError(f"{_short(text)}: a picture's URL begins with https:, http: or data:")
+        step = "a file is given by its path, without file://"
+        raise ConfigError(f"{_short(text)}: a picture's URL begins with https:, http: or data:", next_step=step)
     if len(text) > _LONGEST_URL or not text.isascii() or re.search(r"[\s\x00-\x20\x7f\"<>\\^`{|}]", text):
         raise ConfigError(f"{_short(text)} is no URL", next_step="characters beyond ASCII are written as %C3%A4")
     host = re.split(r"[/?#]", text[len(scheme) + 3 :], maxsplit=1)[0]
