@@ -28,6 +28,8 @@ MAX_BYTES = 512 * 1024 * 1024
 MAX_LINE = 128 * 1024 * 1024
 MOST_CALLS = 100_000
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_HALF = re.compile(r"[\ud800-\udfff]")  # of a character: no text can hold it
+_ESCAPED = re.compile(r"[\x7f-\x9f\u2028\u2029]")  # editors take some of these for the end of a line
 _START_ANEW = "%llm record {name} --overwrite begins it anew"
 
 
@@ -72,9 +74,8 @@ class Take:
 
 
 def _line(fields: Mapping[str, Any]) -> str:
-    # Half of a surrogate pair, and the ends of lines that editors see in a text, are written as escapes.
-    text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
-    return re.sub(r"[\ud800-\udfff\x7f-\x9f\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text) + "\n"
+    text = _HALF.sub("?", json.dumps(fields, ensure_ascii=False, allow_nan=False))
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match.group()):04x}", text) + "\n"
 
 
 @dataclass
