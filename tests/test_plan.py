@@ -414,7 +414,7 @@ def test_a_circuit_that_is_open_is_passed_over_and_left_as_it_is() -> None:
         assert uses(plan) == [("own:m-1", "skipped"), ("own:m-2", "asked")]
         assert "circuit" in plan.links[0].reason
         assert (alone.refused_by, type(alone.refusal)) == ("CircuitOpen", errors.CircuitOpen)
-        asking._client.clock.advance(61)
+        asking._portal.run(asking._client.clock.advance(61))
         assert asking.plan("hi").refusal is None
         assert circuit.state == "open", "a plan is no probe"
 

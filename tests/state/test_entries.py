@@ -92,11 +92,14 @@ def test_looking_finds_what_getting_would_and_is_no_use(opener):
 def test_looking_removes_nothing_that_has_expired(opener):
     async def main():
         async with opener() as entries:
-            await entries.put("a", b"one", namespace="", expires=entries._clock.time() - 1)
-            before = await entries.contents()
+            if opener.clock is None:  # a server, which lets it go by itself
+                await entries.put("a", b"one", namespace="", expires=entries._clock.time() - 1)
+                assert await entries.peek("a") is None
+                return
+            await entries.put("a", b"one", namespace="", expires=opener.clock.time() + 1)
+            await opener.clock.advance(2)
             assert await entries.peek("a") is None
-            if opener.kind != "redis":  # a server lets it go by itself
-                assert await entries.contents() == before == (1, 3)
+            assert await entries.contents() == (1, 3)
 
     asyncio.run(main())
 
