@@ -1,6 +1,7 @@
 """What llmkit finds where it runs, and what is wrong with it: versions, settings, keys, servers, the store, prices.
 
-Nothing is asked of any model and no key is sent. A key is only ever said to be set, by its variable's name.
+Nothing is asked of any model and no key is sent. A key is only ever said to be set, by its variable's name. What may
+have to wait is looked at side by side, and left after `PATIENCE_S`.
 """
 
 from __future__ import annotations
@@ -10,24 +11,30 @@ import platform
 import socket
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from llmkit import __version__
+from llmkit import __version__, caps
 from llmkit.config import Config
 from llmkit.environment import Environment
 from llmkit.errors import LLMKitError
+from llmkit.redaction import redact, tidy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from llmkit.providers.catalog import ProviderEntry
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "examine", "line"]
 
 PACKAGES = ("ipython", "ipykernel", "jupyterlab", "httpx", "aiohttp", "tenacity", "tiktoken", "genai-prices", "pandas")
 CONNECT_S = 3.0
+PATIENCE_S = 5.0  # for all that is looked at side by side
 OLD_PRICES_DAYS = 120
 
 
@@ -40,37 +47,101 @@ class Finding:
     text: str
 
 
-def examine(environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Look at one thing after the other; each is told as soon as it is known. At most some seconds in all."""
+_MARKS = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}
+_COLOURS = {"ok": "\x1b[32m", "note": "\x1b[33m", "wrong": "\x1b[31m"}
+
+
+def line(finding: Finding, *, coloured: bool = False) -> str:
+    """A finding as one line of text."""
+    mark = _MARKS[finding.state]
+    mark = f"{_COLOURS[finding.state]}{mark}\x1b[0m" if coloured else mark
+    return f"{mark} {finding.subject:<9} {tidy(redact(finding.text), limit=500)}"
+
+
+def examine(
+    environ: Mapping[str, str] = os.environ, folder: Path | None = None, *, cell: object = None
+) -> Iterator[Finding]:
+    """What there is, each told as soon as it is known and its turn has come. At most some seconds in all.
+
+    Args:
+        folder: where settings are looked for from; by default the current one.
+        cell: what a notebook's cell may cost, where its own settings say so.
+    """
     environ = Environment.over(environ)
-    yield Finding("llmkit", "ok", f"{__version__} · Python {platform.python_version()} · {platform.system()}")
+    yield _loaded()
     yield Finding("packages", "ok", " · ".join(f"{name} {_version(name)}" for name in PACKAGES))
     try:
-        config = Config.load(environ=environ)
+        config = Config.load(folder, environ=environ)
     except LLMKitError as error:
-        yield Finding("settings", "wrong", f"{error.message}{'; ' + error.next_step if error.next_step else ''}")
+        yield _wrong("settings", error)
         config = Config.of(environ=environ)
     else:
-        yield Finding("settings", "ok", str(config.file or f"no llmkit.toml from {os.getcwd()} upwards"))
+        yield Finding("settings", "ok", str(config.file or f"no llmkit.toml from {folder or os.getcwd()} upwards"))
         yield from (Finding("settings", "note", notice) for notice in config.notices)
     yield from _keys(config.providers.values(), environ)
-    entries = list(_located(config))
     if config.offline:
         yield Finding("offline", "note", "LLMKIT_OFFLINE is on: no call leaves this machine")
-    yield from _local_servers(entries)
+    yield from _side_by_side(_probes(config, environ))
+    yield Finding("caps", "ok", caps.in_words(config.budget, cell).removeprefix("caps: ").removeprefix("caps "))
+
+
+def _loaded() -> Finding:
+    """The version at work; another one may have been installed since it was imported."""
+    text = f"{__version__} · Python {platform.python_version()} · {platform.system()}"
+    installed = _version("llmkit")
+    if installed in {__version__, _MISSING}:
+        return Finding("llmkit", "ok", text)
+    return Finding("llmkit", "note", f"{text}; {installed} is installed: restart the kernel to use it")
+
+
+def _wrong(subject: str, error: LLMKitError) -> Finding:
+    return Finding(subject, "wrong", f"{error.message}{'; ' + error.next_step if error.next_step else ''}")
+
+
+def _probes(config: Config, environ: Mapping[str, str]) -> Iterator[tuple[str, Callable[[], Iterable[Finding]]]]:
+    """What may have to wait for a server, a file or a large import."""
+    entries = list(_located(config))
+    yield "local", partial(_local_servers, entries)
     if not config.offline:
         yield from _hosted(entries, environ)
-    yield _store(config)
-    yield from _shared(config)
-    yield _prices()
-    yield from _default(config)
+    yield "store", partial(_store, config)
+    yield "server", partial(_shared, config)
+    yield "prices", _prices
+    yield "model", partial(_default, config)
+
+
+def _side_by_side(probes: Iterable[tuple[str, Callable[[], Iterable[Finding]]]]) -> Iterator[Finding]:
+    """What each finds, in their order; one that takes too long is left to itself."""
+    deadline = time.monotonic() + PATIENCE_S
+    begun = [(subject, _begun(subject, probe)) for subject, probe in probes]
+    for subject, answers in begun:
+        try:
+            yield from answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except Empty:
+            yield Finding(subject, "wrong", f"nothing was heard within {PATIENCE_S:g} s")
+
+
+def _begun(subject: str, probe: Callable[[], Iterable[Finding]]) -> SimpleQueue[list[Finding]]:
+    answers: SimpleQueue[list[Finding]] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put(list(probe()))
+        except Exception as error:  # noqa: BLE001 - one that fails is a finding, and hides no other
+            answers.put([Finding(subject, "wrong", f"it could not be looked at: {type(error).__name__}: {error}")])
+
+    Thread(target=work, name=f"llmkit-doctor-{subject}", daemon=True).start()
+    return answers
+
+
+_MISSING = "not installed"
 
 
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return _MISSING
 
 
 def _keys(entries: Iterable[ProviderEntry], environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -110,28 +181,32 @@ def _address(url: str) -> str:
     return f"{parts.hostname}:{parts.port}"
 
 
-def _hosted(entries: Iterable[ProviderEntry], environ: Mapping[str, str]) -> Iterator[Finding]:
+def _hosted(
+    entries: Iterable[ProviderEntry], environ: Mapping[str, str]
+) -> Iterator[tuple[str, Callable[[], Iterable[Finding]]]]:
     """Whether the servers of providers whose key is set can be connected to."""
     for entry in entries:
-        parts = urlsplit(entry.base_url)
-        if entry.local or entry.simulated or not environ.get(entry.api_key_env or "", "").strip():
-            continue
-        if any(environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-            yield Finding(entry.name, "note", f"{parts.hostname} is behind a proxy, so it was not tried")
-            continue
-        yield _reached(entry.name, str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80))
+        if not entry.local and not entry.simulated and environ.get(entry.api_key_env or "", "").strip():
+            yield entry.name, partial(_reached, entry, environ)
 
 
-def _reached(name: str, host: str, port: int) -> Finding:
+def _reached(entry: ProviderEntry, environ: Mapping[str, str]) -> Iterator[Finding]:
+    parts = urlsplit(entry.base_url)
+    host, port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
+    if any(environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        yield Finding(entry.name, "note", f"{host} is behind a proxy, so it was not tried")
+        return
     began = time.monotonic()
     try:
         socket.create_connection((host, port), timeout=CONNECT_S).close()
     except OSError as error:
-        return Finding(name, "wrong", f"{host}:{port} cannot be reached: {error.strerror or type(error).__name__}")
-    return Finding(name, "ok", f"{host}:{port} accepts connections ({(time.monotonic() - began) * 1000:.0f} ms)")
+        why = error.strerror or type(error).__name__
+        yield Finding(entry.name, "wrong", f"{host}:{port} cannot be reached: {why}")
+        return
+    yield Finding(entry.name, "ok", f"{host}:{port} accepts connections ({(time.monotonic() - began) * 1000:.0f} ms)")
 
 
-def _store(config: Config) -> Finding:
+def _store(config: Config) -> Iterator[Finding]:
     from llmkit.state.store import open_store
 
     try:
@@ -142,56 +217,51 @@ def _store(config: Config) -> Finding:
         finally:
             store.close()
     except LLMKitError as error:
-        return Finding("store", "wrong", f"{error.message}{'; ' + error.next_step if error.next_step else ''}")
-    return Finding("store", "ok", f"{store.location}{'' if rows else ' (no call yet)'}")
+        yield _wrong("store", error)
+        return
+    yield Finding("store", "ok", f"{store.location}{'' if rows else ' (no call yet)'}")
 
 
 def _shared(config: Config) -> Iterator[Finding]:
     """Whether the server that machines share through answers, where one is set."""
     import asyncio
-    from threading import Thread
 
     from llmkit.clock import SystemClock
     from llmkit.state.sharing import open_shared
 
-    async def look() -> None:
+    async def look() -> Finding | None:
         shared = open_shared(config.state_url, SystemClock(), config.environ)
         if shared is None:
-            return
+            return None
         try:
             await shared.accounts.balances([])
-            found.append(Finding("server", "ok", f"{shared.location} answers; budgets, cache and breakers are shared"))
         finally:
             await shared.aclose()
+        return Finding("server", "ok", f"{shared.location} answers; budgets, cache and breakers are shared")
 
-    def work() -> None:
-        try:
-            asyncio.run(look())
-        except LLMKitError as error:
-            found.append(
-                Finding("server", "wrong", f"{error.message}{'; ' + error.next_step if error.next_step else ''}")
-            )
-
-    found: list[Finding] = []
-    thread = Thread(target=work)  # a notebook has a loop of its own on this one
-    thread.start()
-    thread.join()
-    yield from found
+    try:
+        found = asyncio.run(look())
+    except LLMKitError as error:
+        found = _wrong("server", error)
+    if found is not None:
+        yield found
 
 
-def _prices() -> Finding:
+def _prices() -> Iterator[Finding]:
     from datetime import UTC, datetime
 
     from llmkit.models import table
 
     newest = table.newest_price()
     if newest is None:
-        return Finding("prices", "note", f"{table.version()}, of unknown age")
+        yield Finding("prices", "note", f"{table.version()}, of unknown age")
+        return
     days = (datetime.now(UTC).date() - newest).days
+    old = days > OLD_PRICES_DAYS
     text = f"{table.version()}, newest price of {newest}"
-    if days <= OLD_PRICES_DAYS:
-        return Finding("prices", "ok", text)
-    return Finding("prices", "note", f"{text}: {days} days old; pip install -U genai-prices")
+    yield Finding(
+        "prices", "note" if old else "ok", text + (f": {days} days old; pip install -U genai-prices" if old else "")
+    )
 
 
 def _default(config: Config) -> Iterator[Finding]:
@@ -206,6 +276,3 @@ def _default(config: Config) -> Iterator[Finding]:
         key = endpoint.api_key_env
         if endpoint.key_required and key and not config.environ.get(key, "").strip():
             yield Finding("model", "wrong", f"{endpoint.name} needs a key: {key} is not set")
-    caps = config.budget
-    cap = "no cap in USD" if caps.request_usd is None else f"at most ${caps.request_usd} a request"
-    yield Finding("caps", "ok", cap + (f", {caps.request_tokens:,} tokens" if caps.request_tokens is not None else ""))

@@ -7,6 +7,8 @@ import re
 from decimal import ROUND_DOWN, Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmkit import caps
+from llmkit.caps import of_request
 from llmkit.config import WINDOWS
 from llmkit.errors import ConfigError
 from llmkit.money import amount, money
@@ -17,14 +19,12 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from llmkit.config import BudgetSettings, Limit
+    from llmkit.config import BudgetSettings
 
 __all__ = ["in_brief", "in_words", "lifted", "of_request", "read", "table"]
 
 USAGE = "%llm budget session=1usd day=5usd month=100000tokens user.ana.day=2usd tag.app=docs.day=1usd at_limit=warn"
 LIFT = "%llm budget off lifts them"
-MANY = 6
-"""More limits than these are counted, not named, where there is one line for all."""
 
 _KINDS = ("user", "tag", "model")
 _SCALES = {"": 1, "k": 1_000, "m": 1_000_000}
@@ -38,55 +38,8 @@ _HEAD = ("scope", "limit", "spent", "held", "unknown", "left", "used", "resets")
 
 
 def in_words(budget: BudgetSettings, cell: object = None) -> str:
-    """Every cap in one line; ``cell`` is what a cell may cost where ``%config`` says so.
-
-    Those that hold by default are told from those that somebody set, since they hold for paid models only.
-    """
-    own: list[str] = []
-    default: list[str] = []
-    if cell is not None:
-        own.append(f"${cell} a cell (as %config says)")
-    elif budget.request_usd is not None:
-        (own if budget.request_usd_set else default).append(f"{amount(budget.request_usd)} a request")
-    if budget.request_tokens is not None:
-        own.append(f"{budget.request_tokens:,} tokens a request")
-    for limit in budget.limits:
-        each = f"{'in all' if limit.window == 'total' else f'a {limit.window}'}{_whose(limit)}"
-        if limit.usd is not None:
-            (default if limit.is_default else own).append(f"{amount(limit.usd)} {each}")
-        if limit.tokens is not None:
-            own.append(f"{limit.tokens:,} tokens {each}")
-    if not own and not default:
-        return "no caps"
-    parts = [f"caps: {_listed(own)}"] if own else []
-    if default:
-        parts.append(f"{'by default, ' if own else 'caps '}for paid models: {_listed(default)}")
-    return f"{'; '.join(parts)} ({LIFT})"
-
-
-def of_request(budget: BudgetSettings, cell: object = None) -> str:
-    """What a single request may cost."""
-    caps = []
-    if cell is not None:
-        caps.append(f"${cell} (as %config says)")
-    elif budget.request_usd is not None:
-        caps.append(amount(budget.request_usd) + ("" if budget.request_usd_set else " (by default)"))
-    if budget.request_tokens is not None:
-        caps.append(f"{budget.request_tokens:,} tokens")
-    return f"at most {' and '.join(caps)}" if caps else "no cap"
-
-
-def _listed(words: Sequence[str]) -> str:
-    shown = list(words[:MANY])
-    return ", ".join(shown if len(shown) == len(words) else [*shown, f"and {len(words) - MANY} more"])
-
-
-def _whose(limit: Limit) -> str:
-    if limit.kind == "all":
-        return ""
-    if limit.name == "*":
-        return f" for each {limit.kind}"
-    return f" for {limit.kind} {tidy(limit.name, limit=60)}"
+    """`llmkit.caps.in_words`, and how to be rid of them here."""
+    return caps.in_words(budget, cell, lift=LIFT)
 
 
 # -- how far each is used ----------------------------------------------------------------------------------------------
