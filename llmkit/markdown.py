@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["DOLLAR", "FENCE", "FENCE_END", "MAX_MARKDOWN", "harmless", "plain"]
+__all__ = ["DOLLAR", "FENCE", "FENCE_END", "MAX_MARKDOWN", "harmless", "plain", "spelled"]
 
 MAX_MARKDOWN = 1_000_000
 """Characters up to which a text is worth rendering; beyond, a browser would stand still."""
@@ -123,7 +123,7 @@ class _Walk:
             self._ended = False
             return
         if fence["lead"] or _FENCE_LIKE.search(code):
-            yield f"{fence['lead']}<pre><code>{_spelled(_without_lead(body, fence['lead']))}</code></pre>"
+            yield f"{fence['lead']}<pre><code>{spelled(_without_lead(body, fence['lead']))}</code></pre>"
             self._ended = False
             return
         language = re.match(r"[\w+#.-]{0,40}", info)
@@ -198,10 +198,10 @@ def _code(code: str) -> str:
     if not _IN_CODE.search(code) and not ('"' in code and ("$" in code or "\\" in code)):
         return code
     inside = code.strip("`")
-    return f"<code>{_spelled(inside.strip() or inside)}</code>"
+    return f"<code>{spelled(inside.strip() or inside)}</code>"
 
 
-def _spelled(text: str) -> str:
+def spelled(text: str) -> str:
     """``text`` with every character written out that means anything to anybody."""
     return _PUNCTUATION.sub(lambda found: f"&#{ord(found[0])};", text)
 

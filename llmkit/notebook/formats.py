@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 
-from llmkit.markdown import DOLLAR, MAX_MARKDOWN, harmless, plain
+from llmkit.markdown import DOLLAR, MAX_MARKDOWN, harmless, plain, spelled
 from llmkit.notebook.growing import drawable
 
 __all__ = ["DOLLAR", "MAX_JSON", "bundle", "growing_markdown", "plain"]
@@ -17,6 +17,11 @@ __all__ = ["DOLLAR", "MAX_JSON", "bundle", "growing_markdown", "plain"]
 MAX_JSON = 2_000_000
 """Characters up to which JSON is parsed to be shown indented."""
 
+# As JupyterLab shows plain text, so that nothing moves when it becomes that.
+_AS_TEXT = (
+    'style="margin: 0; padding: 0 var(--jp-code-padding, 5px); font-size: var(--jp-code-font-size, inherit);'
+    ' line-height: var(--jp-code-line-height, inherit); white-space: pre-wrap;"'
+)
 _BACKTICKS = re.compile(r"`{3,}")
 
 
@@ -34,7 +39,7 @@ def growing_markdown(text: str, form: str) -> str:
     """What has arrived of ``text``, as Markdown."""
     if form == "markdown" or (form == "code" and text.lstrip().startswith("```")):
         return harmless(drawable(text))
-    return _as_code(text, form)
+    return f"<pre {_AS_TEXT}>{spelled(plain(text))}</pre>" if form == "text" else _as_code(text, form)
 
 
 def _indented(text: str) -> str:
@@ -60,5 +65,5 @@ def _as_code(text: str, form: str) -> str:
         return harmless(text)  # the model fenced its code itself, and knows its language
     longest = max((len(run) for run in _BACKTICKS.findall(text)), default=2)
     fence = "`" * (longest + 1)
-    language = "" if form in {"code", "text"} else form
+    language = "" if form == "code" else form
     return f"{fence}{language}\n{plain(text).strip(chr(10))}\n{fence}"
