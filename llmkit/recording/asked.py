@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from llmkit.recording.machine import Neutral
+from llmkit.recording.machine import Neutral, escaped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,13 +47,15 @@ class Asked:
     @classmethod
     def of(cls, call: Call, default: str | None) -> Asked:
         """The question of ``call``; ``default`` is the model of calls that name none, where that is known."""
-        form: dict[str, Any] = {"model": DEFAULT if call.model == default else call.model, **_said(call)}
+        said = _said(call)
         neutral_of = Neutral()
-        neutral = {**form, "messages": [_with_texts(each, neutral_of.out_of) for each in form["messages"]]}
-        also = [form] if neutral != form else []
-        if form["model"] != call.model:
-            also = [*also, *({**each, "model": call.model} for each in (neutral, *also))]
-        return cls(form, _digest(neutral), tuple(_digest(each) for each in also))
+        exact = {**said, "messages": [_with_texts(each, escaped) for each in said["messages"]]}
+        neutral = {**said, "messages": [_with_texts(each, neutral_of.out_of) for each in said["messages"]]}
+        models = [None, call.model] if call.model == default else [call.model]  # None is no model's name
+        forms = [neutral] if neutral == exact else [neutral, exact]
+        digests = [_digest(model, each) for each in forms for model in models]
+        form = {"model": DEFAULT if call.model == default else call.model, **said}
+        return cls(form, digests[0], tuple(digests[1:]))
 
 
 def _said(call: Call) -> dict[str, Any]:
@@ -121,6 +123,6 @@ def _with_texts(message: Mapping[str, Any], change: Callable[[str], str]) -> dic
     }
 
 
-def _digest(form: Mapping[str, Any]) -> str:
-    text = json.dumps(form, ensure_ascii=False, separators=(",", ":"))
+def _digest(model: str | None, said: Mapping[str, Any]) -> str:
+    text = json.dumps([model, said], ensure_ascii=False, separators=(",", ":"))
     return sha256(_VERSION + text.encode("utf-8", "surrogatepass")).hexdigest()

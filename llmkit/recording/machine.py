@@ -18,7 +18,7 @@ import re
 import tempfile
 from pathlib import Path
 
-__all__ = ["MARK", "Neutral"]
+__all__ = ["MARK", "Neutral", "escaped"]
 
 MARK = "\x1a"
 _SHORTEST_HOME = 4  # "/root" is one; "/" would be in every path
@@ -27,6 +27,11 @@ _ADDRESS = r"(?<= at )0x[0-9A-Fa-f]{6,16}(?=[>,])"
 _OPENED = re.compile(r"<[A-Za-z_](?:[^<>\n]|<[^<>\n]*>){0,300}? at 0x[0-9A-Fa-f]{6,16}[>,]")
 _CONNECTION = r"\bkernel-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"
 _MADE_UP = r"tmp[a-z0-9_]{8}"
+
+
+def escaped(text: str) -> str:
+    """``text`` so that nothing in it can be taken for a placeholder."""
+    return text.replace(MARK, MARK * 2)
 
 
 def _home() -> str:
@@ -54,7 +59,7 @@ class Neutral:
 
     def out_of(self, text: str) -> str:
         """``text`` with placeholders."""
-        text = text.replace(MARK, MARK * 2)
+        text = escaped(text)
         shown = [match.span() for match in _OPENED.finditer(text)] if " at 0x" in text else []
 
         def placeholder(match: re.Match[str]) -> str:
