@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["LATER", "Command", "commands", "run", "split"]
 
 # Promised for later, so neither unknown nor misspelt.
-LATER = ("dashboard", "doctor")
+LATER = ("dashboard",)
 
 
 class Command(NamedTuple):
@@ -293,6 +293,13 @@ def _plan(magics: LLMMagics, words: list[str]) -> Any:
     return run_plan(magics, words)
 
 
+def _doctor(magics: LLMMagics, words: list[str]) -> None:
+    from llmkit.notebook import checkup
+
+    _no_more(words, "%llm doctor")
+    checkup.run(magics)
+
+
 _COMMANDS: dict[str, Command] = {
     "status": Command(
         _status,
@@ -442,6 +449,11 @@ _COMMANDS: dict[str, Command] = {
 %llm replay calls.jsonl --live""",
     ),
     "live": Command(recording.live, (("%llm live", "neither record nor replay"),), more="%llm live"),
+    "doctor": Command(
+        _doctor,
+        (("%llm doctor", "what llmkit finds here, and what is wrong: keys (never shown), servers, store"),),
+        more="%llm doctor    asks no model, sends no key, and takes some seconds at most",
+    ),
     "help": Command(
         manual.run,
         (("%llm help [TOPIC]", "this list; or a command, an option or a topic, with examples"),),

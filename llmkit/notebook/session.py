@@ -108,6 +108,11 @@ class Session:
         return self._client
 
     @property
+    def is_untouched(self) -> bool:
+        """Whether nothing has needed the client yet."""
+        return self._client is None
+
+    @property
     def prompts(self) -> Prompts:
         """The prompts that are kept in the notebook's project."""
         from llmkit.prompts import project_of
