@@ -192,6 +192,8 @@ _WORDS: dict[type[events.Event], Callable[[Any], str]] = {
     events.Settled: _settled,
     events.AttemptStarted: lambda event: f"attempt {event.number}: sent to {event.endpoint}",
     events.AttemptEnded: _ended,
+    events.Checking: lambda _: "schema: the answer is checked when it is whole",
+    events.Repairing: lambda event: f"schema: asked for once more, since it does not fit: {'; '.join(event.problems)}",
     events.Waiting: lambda event: f"waiting {event.seconds:.1f} s: {event.reason}",
     events.BudgetWarning: lambda event: f"budget: {event.message}",
     events.AlertRaised: lambda event: f"alert: {event.message}",
