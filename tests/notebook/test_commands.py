@@ -261,7 +261,7 @@ def test_help_names_every_command(shell) -> None:
         assert f"%llm {name}" in text
 
 
-@pytest.mark.parametrize("name", ["dashboard", "record", "replay", "live"])
+@pytest.mark.parametrize("name", ["dashboard"])
 def test_what_comes_later_says_so(shell, name) -> None:
     assert mistake(shell, f"%llm {name} x") == f"%llm {name} is not in this version yet"
 
