@@ -44,7 +44,7 @@ def value_in(text: str, openings: str = "{[") -> Value:
     for piece in (text, _fenced(text)):
         if piece is not None:
             try:
-                return Value(_checked(_DECODER.decode(piece)), piece)
+                return Value(_checked(_DECODER.decode(piece), piece), piece)
             except _Refused as error:
                 raise NoValue(f"the answer is not JSON: {error}") from None
             except (ValueError, RecursionError):
@@ -79,7 +79,7 @@ def _between_words(text: str, openings: str) -> Value:
         at = opening.start()
         try:
             value, end = _DECODER.raw_decode(text, at)
-            _checked(value)
+            _checked(value, text[at:end])
         except json.JSONDecodeError as error:
             why = why or f"{error.msg} at line {error.lineno}, column {error.colno}"
             start = max(at + 1, error.pos)  # never inside what has begun well: a part of a value is another value
@@ -127,8 +127,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)
 
 
-def _checked(value: Any) -> Any:
-    """``value``, if it is not nested too deep."""
+def _checked(value: Any, text: str) -> Any:
+    """``value``, which was read out of ``text``, if it is not nested too deep and all of its texts can be written."""
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _Refused("a text in it has half a character") from None
     level = [value]
     for _ in range(DEEPEST):
         level = [

@@ -123,10 +123,13 @@ class Options:
         self.timeouts(Timeouts())
 
     def _check_schema(self) -> None:
-        if self.schema is not None and isinstance(self.extra, Mapping) and (twice := _SHAPING & self.extra.keys()):
-            raise ConfigError(
-                f"schema says the shape of the answer, and extra's {min(twice)} another: give one of them"
-            )
+        if self.schema is None or not isinstance(self.extra, Mapping):
+            return
+        config = self.extra.get("output_config")  # of which an effort is no shape
+        named = [name for name in _SHAPING if name in self.extra]
+        if named or (isinstance(config, Mapping) and "format" in config):
+            said = named[0] if named else "output_config.format"
+            raise ConfigError(f"schema says the shape of the answer, and extra's {said} another: give one of them")
 
     def _check_tier(self) -> None:
         if self.tier is None:
@@ -203,7 +206,7 @@ class Options:
 
 _NAMES = tuple(each.name for each in fields(Options))
 _NONE = Options()
-_SHAPING = frozenset({"response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar"})
+_SHAPING = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar")
 _DEFAULT = Params()
 
 

@@ -93,7 +93,7 @@ class Schema:
         return _of_type(value)
 
     def __post_init__(self) -> None:
-        _check(self.shape)
+        self.__dict__["_validator"] = _checked(self.shape)
 
     # -- how it is asked for -----------------------------------------------------------------------------------------
 
@@ -168,15 +168,12 @@ class Schema:
 
     def _first_errors(self, value: Any) -> list[Any]:
         try:
-            if self._validator.is_valid(value):
+            validator = self.__dict__["_validator"]
+            if validator.is_valid(value):
                 return []
-            return list(itertools.islice(self._validator.iter_errors(value), MOST_PROBLEMS))
+            return list(itertools.islice(validator.iter_errors(value), MOST_PROBLEMS))
         except ValueError as error:  # such as a number beyond what its engine holds
             raise Misfit([tidy(str(error), limit=LONGEST_PROBLEM)]) from None
-
-    @cached_property
-    def _validator(self) -> Any:
-        return _compiled(self.shape)
 
 
 # -- what it is said in ------------------------------------------------------------------------------------------------
@@ -296,8 +293,8 @@ def _name(name: Any) -> str:
 # -- what must hold ----------------------------------------------------------------------------------------------------
 
 
-def _check(shape: dict[str, Any]) -> None:
-    """Raise a `ConfigError` unless it is a JSON schema within bounds that refers only to itself."""
+def _checked(shape: dict[str, Any]) -> Any:
+    """What checks values against it. Raises a `ConfigError` unless it is within bounds and refers only to itself."""
     try:
         size = len(_compact(shape).encode())
     except (ValueError, RecursionError):
@@ -312,7 +309,7 @@ def _check(shape: dict[str, Any]) -> None:
                 f"the schema refers to {tidy(reference, limit=100)!r}, and nothing is ever fetched",
                 next_step="put it into $defs and refer to '#/$defs/NAME'",
             )
-    _compiled(shape)
+    return _compiled(shape)
 
 
 def _depth(value: Any) -> int:
@@ -335,7 +332,7 @@ def _compiled(shape: dict[str, Any]) -> Any:
         return jsonschema_rs.validator_for(
             shape,
             pattern_options=jsonschema_rs.FancyRegexOptions(backtrack_limit=MOST_STEPS, size_limit=1 << 20),
-            validate_formats=False,
+            validate_formats=True,
             retriever=_nothing,
         )
     except ValueError as error:

@@ -34,6 +34,10 @@ def test_what_stands_round_a_value_is_left_out(text) -> None:
     assert value_in(text, "{").value == ANA
 
 
+def test_a_whole_pair_of_surrogates_is_a_character() -> None:
+    assert value_in(r'{"a": "\ud83d\ude00"}').value == {"a": "\U0001f600"}
+
+
 def test_lists_and_plain_values() -> None:
     assert value_in("[1, 2]").value == [1, 2]
     assert value_in("Here: [1, 2]").value == [1, 2]
@@ -60,6 +64,8 @@ def test_the_text_of_the_value_is_kept_as_it_was_written() -> None:
         ('so {"a": NaN}', "NaN is no JSON number"),
         ('so {"a": 1, "a": 2}', "stands twice"),
         ("{'a': 1}", "line 1, column 2"),
+        (r'{"a": "\ud83d"}', "half a character"),
+        (r'so {"a": "\uDE00\uD83D"}.', "half a character"),
         ('{"a": 1,\n}', "line 2"),
         ("[" * 100_000, "nested too deep"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deep"),

@@ -243,6 +243,12 @@ def test_a_pattern_comes_to_an_end_whatever_it_is_given() -> None:
     assert "does not match" in problems(schema, json.dumps({"a": "a" * 5000 + "!"}))[0]
 
 
+def test_formats_are_checked() -> None:
+    schema = Schema.of({"type": "object", "properties": {"on": {"type": "string", "format": "date"}}})
+    assert schema.read('{"on": "2026-01-02"}') == {"on": "2026-01-02"}
+    assert problems(schema, '{"on": "tomorrow"}') == ('on: "tomorrow" is not a "date"',)
+
+
 def test_a_schema_that_goes_round_in_circles_comes_to_an_end() -> None:
     schema = Schema.of({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}})
     assert schema.read('{"value": 1}') == 1

@@ -21,9 +21,10 @@ __all__ = ["Shapes"]
 
 NO_SCHEMA, NO_JSON = "no_json_schema", "no_json_object"
 _MOST = 512
-# The field that carries it, by any of its names; and what services call it that name no field.
+# The field that carries it, by any of its names; what services call it that name no field; and one that could not make
+# its model keep to the shape.
 _NAMED = re.compile(
-    r"response_?format|json_?schema|json schema|output_config|output_format|output format|structured[ _]outputs?"
+    r"response_?(?:format|schema)|json_?schema|json schema|failed to (?:generate|validate) json|output_config|output_format|output format|structured[ _]outputs?"
     r"|guided|grammar", re.IGNORECASE)  # fmt: skip
 _THE_SCHEMA = re.compile(r"schema|grammar", re.IGNORECASE)
 

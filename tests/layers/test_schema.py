@@ -485,6 +485,22 @@ def test_a_client_without_await_gives_data_as_well() -> None:
         assert reply.cost_usd == Decimal(0)
 
 
-def test_a_schema_and_a_response_format_of_ones_own_exclude_each_other() -> None:
-    with llmkit.Client(model="simulator") as client, pytest.raises(errors.ConfigError, match="response_format"):
-        client.complete("x", schema="a", extra={"response_format": {"type": "json_object"}})
+@pytest.mark.parametrize("extra", [{"response_format": {"type": "json_object"}}, {"output_config": {"format": {}}}])
+def test_a_schema_and_a_shape_of_ones_own_exclude_each_other(extra) -> None:
+    with llmkit.Client(model="simulator") as client:
+        with pytest.raises(errors.ConfigError, match=f"{next(iter(extra))}.* another"):
+            client.complete("x", schema="a", extra=extra)
+        assert client.complete("x", schema="a", extra={"output_config": {"effort": "low"}}).data == {"a": "simulated"}
+
+
+def test_a_budget_that_has_no_room_for_the_repair_keeps_the_first_answer() -> None:
+    wire = Wire(BAD, GOOD)
+
+    async def work(client):
+        with pytest.raises(errors.BudgetExceeded) as raised:
+            await client.complete("who?", schema=Person, max_tokens=100)
+        assert (raised.value.scope, raised.value.reply.text) == ("session", BAD)
+        assert raised.value.spent > 0
+
+    with_client(wire, work, budget={"request": {"usd": 50}, "session": {"usd": 1}, "day": {"usd": "off"}})
+    assert len(wire.bodies) == 1

@@ -112,6 +112,8 @@ OPENAI_REFUSALS = [
     ("This model does not support response format `json_schema`. response_format is json_object", "json"),
     ("Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model", "json"),
     ("Invalid schema for response_format 'answer': In context=(), 'format' is not permitted", "json"),
+    ("Invalid JSON payload received. Unknown name \"$defs\" at 'generation_config.response_schema'", "json"),
+    ("Failed to generate JSON. Please adjust your prompt. See 'failed_generation' for more details.", "words"),
     ("The provided JSON schema contains features not supported by xgrammar", "json"),
 ]
 
