@@ -130,7 +130,7 @@ def _no_room(event: events.NoRoom) -> str:
 def _settled(event: events.Settled) -> str:
     if event.usd is None and event.tokens is None:
         return f"budget: attempt {event.number} may be billed and nobody knows how much; what was held stays booked"
-    cost = "at an unknown price (what was held in USD stays booked)" if event.usd is None else money(event.usd)
+    cost = "an unknown price (what was held in USD stays booked)" if event.usd is None else money(event.usd)
     if not event.usd and not event.tokens and event.usd is not None:
         return f"budget: what was held for attempt {event.number} is given back"
     return f"budget: attempt {event.number} settled at {cost}, {_tokens(event.tokens or 0)}"
@@ -192,8 +192,6 @@ _WORDS: dict[type[events.Event], Callable[[Any], str]] = {
     events.Settled: _settled,
     events.AttemptStarted: lambda event: f"attempt {event.number}: sent to {event.endpoint}",
     events.AttemptEnded: _ended,
-    events.Checking: lambda _: "schema: the answer is checked when it is whole",
-    events.Repairing: lambda event: f"schema: asked for once more, since it does not fit: {'; '.join(event.problems)}",
     events.Waiting: lambda event: f"waiting {event.seconds:.1f} s: {event.reason}",
     events.BudgetWarning: lambda event: f"budget: {event.message}",
     events.AlertRaised: lambda event: f"alert: {event.message}",
