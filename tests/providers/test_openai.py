@@ -287,3 +287,16 @@ def test_more_tool_calls_than_anyone_makes_are_refused() -> None:
     pieces = [{"index": index} for index in range(1000)]
     with pytest.raises(Malformed, match="tool calls"):
         decoder.event(json.dumps({"choices": [{"delta": {"tool_calls": pieces}}]}).encode())
+
+
+def test_images_in_anthropics_form_are_converted() -> None:
+    inline = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"}}
+    there = {"type": "image", "source": {"type": "url", "url": "https://x.test/a.png"}}
+    file = {"type": "image", "source": {"type": "file", "file_id": "f"}}
+    own = {"type": "image_url", "image_url": {"url": "https://x.test/b.png", "detail": "low"}}
+    assert asked(prompt=[Message("user", [inline, there, file, own])]).sent["messages"][0]["content"] == [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}},
+        {"type": "image_url", "image_url": {"url": "https://x.test/a.png"}},
+        file,
+        own,
+    ]
