@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit.call import Message
 from llmkit.errors import ConfigError, ContextTooLong
-from llmkit.notebook.formats import plain
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
@@ -234,6 +233,8 @@ def _listed(chats: Chats) -> str:
 
 
 def _shown(known: Chat) -> str:
+    from llmkit.notebook.formats import plain
+
     lines: list[str] = []
     system: str | None = None
     for number, turn in enumerate(known.turns, 1):

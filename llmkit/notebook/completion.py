@@ -1,7 +1,7 @@
 """What Tab offers on the lines of ``%%llm`` and ``%llm``, and inside the braces of a prompt.
 
-It is one more matcher of IPython's completer, which the terminal and every kernel's frontend ask. Elsewhere it offers
-nothing, so all other completion is as it was. It never reaches for the network, and where a file takes long to be read
+It is asked by one more matcher of IPython's completer (`llmkit.notebook.registration.complete`), as the terminal and every
+kernel's frontend ask that one. Elsewhere it offers nothing, so all other completion is as it was. It never reaches for the network, and where a file takes long to be read
 it offers what was known before.
 """
 
@@ -13,9 +13,7 @@ import threading
 import time
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from IPython.core.completer import SimpleCompletion, context_matcher
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmkit.config import PRESETS, WINDOWS
 from llmkit.notebook import arguments, forms
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
     from llmkit.notebook.magics import LLMMagics
 
-__all__ = ["Completer", "Offer", "install"]
+__all__ = ["MOST", "Completer", "Offer"]
 
 FRESH_S = 30.0
 """How long what was read from a file is offered without looking again."""
@@ -47,31 +45,6 @@ class Offer(NamedTuple):
     fragment: str
     words: list[str]
     kind: str = "magic"
-
-
-def install(magics: LLMMagics) -> Callable[[], None]:
-    """Let the shell's completer ask; what is returned takes that back."""
-    completer = getattr(magics.shell, "Completer", None)
-    matchers = getattr(completer, "custom_matchers", None)
-    if matchers is None:
-        return lambda: None
-    offers = Completer(magics)
-
-    @context_matcher(identifier="llmkit")  # type: ignore[untyped-decorator]
-    def match(context: Any) -> dict[str, Any]:
-        offer = offers.of(context.full_text, context.cursor_line, context.cursor_position)
-        if offer is None or not offer.words:
-            return {"completions": []}
-        found = [SimpleCompletion(text=word, type=offer.kind) for word in offer.words[:MOST]]
-        return {"completions": found, "matched_fragment": offer.fragment, "suppress": True}
-
-    matchers.append(match)
-
-    def give_back() -> None:
-        if match in matchers:
-            matchers.remove(match)
-
-    return give_back
 
 
 class Completer:

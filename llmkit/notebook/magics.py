@@ -17,8 +17,7 @@ from llmkit.notebook.arguments import FORMATS, documented, parse
 from llmkit.notebook.bodies import allow_empty
 from llmkit.notebook.budgets import in_words
 from llmkit.notebook.chats import Chats, here, with_next_step
-from llmkit.notebook.completion import install as complete
-from llmkit.notebook.registration import Kept, changed_settings, handle_errors, register, take_back
+from llmkit.notebook.registration import Kept, changed_settings, complete, handle_errors, register, take_back
 from llmkit.notebook.session import MODES, Session, display_mode
 
 if TYPE_CHECKING:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Kept", "changed_settings", "handle_errors", "register", "take_back"]
+    from llmkit.notebook.completion import Completer
+    from llmkit.notebook.magics import LLMMagics
+
+__all__ = ["Kept", "changed_settings", "complete", "handle_errors", "register", "take_back"]
 
 log = logging.getLogger("llmkit")
 
@@ -86,3 +89,35 @@ def take_back(undo: list[Callable[[], object]]) -> None:
             each()
         except Exception:  # the rest must be taken back all the same
             log.exception("unloading: %r failed", each)
+
+
+def complete(magics: LLMMagics) -> Callable[[], None]:
+    """Let Tab offer what llmkit knows. What it takes for that is loaded by the first Tab in a cell of llmkit's."""
+    from IPython.core.completer import SimpleCompletion, context_matcher
+
+    matchers = getattr(getattr(magics.shell, "Completer", None), "custom_matchers", None)
+    if matchers is None:
+        return lambda: None
+    opened: list[Completer] = []
+
+    @context_matcher(identifier="llmkit")  # type: ignore[untyped-decorator]
+    def match(context: Any) -> dict[str, Any]:
+        if "%llm" not in context.full_text:
+            return {"completions": []}
+        from llmkit.notebook.completion import MOST, Completer
+
+        if not opened:
+            opened.append(Completer(magics))
+        offer = opened[0].of(context.full_text, context.cursor_line, context.cursor_position)
+        if offer is None or not offer.words:
+            return {"completions": []}
+        found = [SimpleCompletion(text=word, type=offer.kind) for word in offer.words[:MOST]]
+        return {"completions": found, "matched_fragment": offer.fragment, "suppress": True}
+
+    matchers.append(match)
+
+    def give_back() -> None:
+        if match in matchers:
+            matchers.remove(match)
+
+    return give_back
