@@ -10,7 +10,7 @@ from llmkit.comparison import joined
 from llmkit.errors import ConfigError, TemplateError
 from llmkit.notebook.formats import plain
 from llmkit.notebook.template import render, render_parts
-from llmkit.prompts import TAG, check_name
+from llmkit.prompts import TAG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -87,6 +87,7 @@ def keep(prompts: Prompts, said: CellLine, question: Question) -> None:
         raise ConfigError(
             f"{kept.reference} is {'no ' if kept.raw else 'a '}template, and the cell is not", next_step=step
         )
+    tagged(said.options.get("tags"), said.save)  # refused before it is kept
     made = prompts.save(said.save, template, system, raw=said.raw)
     question.options["tags"] = tagged(said.options.get("tags"), made.reference)
     if not said.quiet:
@@ -191,9 +192,3 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
-
-
-def checked_name(name: str | None) -> None:
-    """Refuse an impossible ``--save`` before anything else happens. Raises `ConfigError`."""
-    if name is not None:
-        check_name(name)

@@ -6,7 +6,7 @@ import pytest
 
 from llmkit.errors import ConfigError
 from llmkit.notebook import arguments
-from llmkit.notebook.arguments import parse
+from llmkit.notebook.arguments import parse, parse_grid
 
 
 def test_a_line_may_be_empty() -> None:
@@ -109,3 +109,25 @@ def test_the_help_shows_every_option_with_an_example() -> None:
         assert any(f"{name} " in action.help or action.help.endswith(name) for name in names), action.help
     assert "%%llm answer << -m gpt-5-mini" in function.__doc__
     assert "{{ df.head() }}" in function.__doc__
+
+
+# -- the line of a comparison ------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_has_sides() -> None:
+    said = parse_grid("grid << -m a,b -t 0,.7 --with s@1,s@2 --with t --repeat 3")
+    assert (said.models, said.temperatures, said.saved) == (("a", "b"), (0.0, 0.7), ("s@1", "s@2", "t"))
+    assert (said.cell.names, said.cell.repeat) == (("grid",), 3)
+
+
+def test_without_sides_they_are_none() -> None:
+    said = parse_grid("--max-cost 0.1 --tag k=v")
+    assert (said.models, said.temperatures, said.saved) == (None, None, ())
+    assert said.cell.options == {"max_cost": "0.1", "tags": {"k": "v"}}
+
+
+@pytest.mark.parametrize("option", ["--chat x", "--schema x", "--tier hard", "--save x", "--format json"])
+def test_what_a_comparison_does_not_have_is_said_of_it(option) -> None:
+    with pytest.raises(ConfigError, match=f"%%llm_compare: there is no option {option.split()[0]}") as caught:
+        parse_grid(option)
+    assert caught.value.next_step == "%%llm_compare? shows every option with an example"
