@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import os
+from pathlib import Path
+
 import pytest
 
 from llmkit.errors import ConfigError, InvalidRequest, LLMKitError
@@ -181,3 +185,18 @@ def test_samples_and_plans_see_them_too(shell, server) -> None:
     )  # of unknown rules: the largest
     run(shell, "%%llm --repeat 2 --image picture\nWhat is it?")
     assert [len(each["messages"][0]["content"]) for each in server.requests] == [2, 2]
+
+
+def test_no_file_of_a_session_holds_a_picture(shell, folder, server) -> None:
+    data = png(64, 64) + bytes(range(256)) * 20
+    shell.user_ns["picture"] = data
+    run(shell, "%llm record calls.jsonl")
+    for line in ("--image picture", "--chat trip --image picture", "--chat trip --image picture --save seen"):
+        assert run(shell, f"%%llm {line}\nWhat is it? {line}").error is None
+    run(shell, "%llm live")
+    run(shell, "%unload_ext llmkit")
+    assert len(server.requests) == 3
+    books = [path for at in (folder, Path(os.environ["LLMKIT_DATA_DIR"])) for path in at.rglob("*") if path.is_file()]
+    assert {path.name for path in books} >= {"calls.jsonl", "ledger.sqlite3"}
+    needle = base64.b64encode(data)[600:660]
+    assert [path for path in books if needle in (held := path.read_bytes()) or data[600:640] in held] == []
