@@ -156,7 +156,7 @@ class Reply:
     _reading_on: asyncio.Task[None] | None = None
     _left = False
     _data: Any = None
-    _fits = False
+    _fitting: str | None = None
 
     def __init__(
         self,
@@ -235,15 +235,20 @@ class Reply:
         Raises:
             ValueError: there was no schema, or the answer does not fit it.
         """
-        if self._fits:
+        if self._fitting is not None:
             return self._data
         if self.call.schema is None:
             raise ValueError("no schema was asked for: schema=… or --schema; reply.json() parses any JSON")
         raise ValueError("the answer does not fit its schema; reply.text is what it says")
 
-    def fitted(self, data: Any) -> None:
-        """It fits its schema, and says ``data``."""
-        self._data, self._fits = data, True
+    def fitted(self, data: Any, text: str) -> None:
+        """It fits its schema, and says ``data``; ``text`` is the JSON of that alone."""
+        self._data, self._fitting = data, text
+
+    @property
+    def as_json(self) -> str:
+        """The JSON that was checked, without what stood round it; the text as it is where there was no schema."""
+        return self.text if self._fitting is None else self._fitting
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -251,12 +256,12 @@ class Reply:
         return tuple(self._chunks)
 
     def json(self) -> Any:
-        """The answer parsed as JSON; a Markdown fence around it is taken off.
+        """The answer parsed as JSON; a Markdown fence around it is taken off. Under a schema, what was checked.
 
         Raises:
             ValueError: when the text is not JSON.
         """
-        text = self.text.strip()
+        text = self.as_json.strip()
         if text.startswith("```") and text.endswith("```"):
             text = text.removesuffix("```").split("\n", 1)[-1]
         return json.loads(text)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from llmkit.call import Message
 from llmkit.errors import ConfigError
@@ -29,7 +29,7 @@ from llmkit.strictness import ANTHROPIC, OPENAI, references, said_in, wrapped, w
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["MAX_BYTES", "MOST_PROBLEMS", "Misfit", "Schema"]
+__all__ = ["MAX_BYTES", "MOST_PROBLEMS", "Fit", "Misfit", "Schema"]
 
 MAX_BYTES = 256 * 1024
 """Of a schema as JSON: all of it goes to the model with every call."""
@@ -56,6 +56,13 @@ class Misfit(ValueError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("; ".join(problems))
         self.problems = tuple(problems)
+
+
+class Fit(NamedTuple):
+    """What an answer says in the shape of its schema, and the JSON that says it, unwrapped."""
+
+    data: Any
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +153,11 @@ class Schema:
     # -- how an answer is checked ------------------------------------------------------------------------------------
 
     def read(self, text: str) -> Any:
-        """What ``text`` says in this shape.
+        """What ``text`` says in this shape. Raises `Misfit` where it says nothing in it."""
+        return self.fit(text).data
+
+    def fit(self, text: str) -> Fit:
+        """`read`, and the JSON alone that says it.
 
         Raises:
             Misfit: it says nothing in this shape.
@@ -160,11 +171,11 @@ class Schema:
             inside = found.value[wrapper]
             found = Value(inside, _compact(inside))
         if self.made is not None:
-            return self.made(found.text)
+            return Fit(self.made(found.text), found.text)
         problems = [_problem(error.instance_path, error.message) for error in self._first_errors(found.value)]
         if problems:
             raise Misfit(problems)
-        return found.value
+        return Fit(found.value, found.text)
 
     def _first_errors(self, value: Any) -> list[Any]:
         try:

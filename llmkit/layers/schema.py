@@ -72,10 +72,10 @@ async def _problems(schema: Schema, reply: Reply) -> Sequence[str]:
         return ()
     text = reply.text
     try:
-        data = schema.read(text) if len(text) <= QUICK else await asyncio.to_thread(schema.read, text)
+        fit = schema.fit(text) if len(text) <= QUICK else await asyncio.to_thread(schema.fit, text)
     except ValueError as error:
         return getattr(error, "problems", (str(error),))
-    reply.fitted(data)
+    reply.fitted(fit.data, fit.text)
     return ()
 
 

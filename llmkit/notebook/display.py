@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import uuid
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmkit.notebook.footer import as_html, as_text, metadata, status_html
@@ -89,7 +90,7 @@ class Final:
 
     def done(self, reply: Reply | None, footer: Sequence[Part]) -> None:
         if reply is not None:
-            _publish(bundle(reply.text, self._form), metadata(reply))
+            _publish(_bundle(reply, self._form), metadata(reply))
         if footer:
             _publish(_footer(footer))
 
@@ -119,7 +120,7 @@ class Live:
     def done(self, reply: Reply | None, footer: Sequence[Part]) -> None:
         self._frame.begin()  # also where nothing grew: which outputs a cell has must not depend on how quick it was
         if reply is not None:
-            _publish(bundle(reply.text, self._form), metadata(reply))
+            _publish(_bundle(reply, self._form), metadata(reply))
         if footer:
             _publish(_footer(footer))
         self._frame.empty()
@@ -168,7 +169,8 @@ class Terminal:
 
     def waiting(self, status: str) -> None:
         if status != self._status and sys.stdout.isatty():
-            self._write(f"\r\x1b[2K\x1b[2m{plain(status)[:100]}\x1b[0m")
+            room = max(20, get_terminal_size().columns - 1)  # of a line that is broken only the end could be taken back
+            self._write(f"\r\x1b[2K\x1b[2m{plain(status)[:room]}\x1b[0m")
             self._status = status
 
     def growing(self, text: str, status: str) -> None:
@@ -184,7 +186,7 @@ class Terminal:
     def done(self, reply: Reply | None, footer: Sequence[Part]) -> None:
         self._clear_status()
         if reply is not None:
-            rest = reply.text[self._printed :] if self._streams else bundle(reply.text, self._form)["text/plain"]
+            rest = reply.text[self._printed :] if self._streams else _bundle(reply, self._form)["text/plain"]
             self._write(plain(rest))
             self._ends_line = rest.endswith("\n") if rest else self._ends_line
         if not self._ends_line:
@@ -210,6 +212,11 @@ def _publish(data: dict[str, str], about: dict[str, Any] | None = None, **more: 
     from IPython.display import publish_display_data
 
     publish_display_data(data, about or {}, **more)  # type: ignore[no-untyped-call]
+
+
+def _bundle(reply: Reply, form: str) -> dict[str, str]:
+    """What is put out of the answer: as JSON, what was checked alone."""
+    return bundle(reply.as_json if form == "json" else reply.text, form)
 
 
 def _footer(parts: Sequence[Part]) -> dict[str, str]:

@@ -84,6 +84,7 @@ def test_what_does_not_fit_is_asked_for_once_more_with_what_is_wrong(first, prob
         script, reply, raised, events = await asked(first, f"Sorry!\n```json\n{GOOD}\n```")
         assert raised is None
         assert reply.data == ANA
+        assert (reply.as_json, reply.json()) == (GOOD, json.loads(GOOD))
         second = script.calls[1]
         assert second.messages[0] == Message("user", "hi")
         assert second.messages[1] == Message("assistant", first)
@@ -481,6 +482,7 @@ def test_a_client_without_await_gives_data_as_well() -> None:
         assert client.complete("x", schema=list[Person]).data == [Person(name="simulated", age=1)]
         with client.stream("x", schema="[] mood good|bad") as reply:
             assert json.loads("".join(chunk.text for chunk in reply)) == {"items": [{"mood": "good"}]}
+        assert reply.json() == [{"mood": "good"}]
         assert reply.data == [{"mood": "good"}]
         assert reply.cost_usd == Decimal(0)
 

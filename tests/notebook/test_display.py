@@ -36,7 +36,7 @@ FOOTER = [Part("tiny"), Part("$0")]
 
 
 def answer(text):
-    return SimpleNamespace(text=text)
+    return SimpleNamespace(text=text, as_json=text)
 
 
 def test_the_view_suits_the_place() -> None:
@@ -54,6 +54,12 @@ def test_a_terminal_has_one_line_of_status_which_goes_when_text_comes(show) -> N
     assert show(lambda: view.growing("Hello", "answering")) == "\r\x1b[2KHello"
     assert show(lambda: view.growing("Hello the", "answering")) == " the"
     assert show(lambda: view.done(answer("Hello there"), FOOTER)) == "re\n\n\x1b[2mtiny · $0\x1b[0m\n"
+
+
+def test_a_status_is_no_longer_than_a_line_of_the_terminal(show, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = show(lambda: Terminal("markdown").waiting("busy " * 20))
+    assert len(shown) == len("\r\x1b[2K\x1b[2m" + "\x1b[0m") + 39
 
 
 def test_a_terminal_without_an_answer_is_left_clean(show) -> None:

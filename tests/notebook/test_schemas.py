@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 from pydantic import BaseModel
 
 from llmkit.errors import ConfigError, SchemaMismatch
-from llmkit.notebook.asking import Interrupted
+from llmkit.events import Checking
+from llmkit.notebook.asking import Interrupted, _Progress
 from llmkit.notebook.schemas import schema_of
 from llmkit.schema import Schema
 from tests.notebook.server import Gone, said
@@ -105,6 +107,9 @@ def test_the_short_form_is_shown_as_json(shell, server) -> None:
     shown = run(shell, "%%llm ana << --schema 'name, age int' --no-stream\nwho?")
     assert shown.error is None
     assert shell.user_ns["ana"].data == {"name": "Ana", "age": 3}
+    told = "".join(str(output.data) for output in shown.outputs) + shown.stdout
+    assert '"name": "Ana"' in told
+    assert "Here you are" not in told
 
 
 def test_a_wrong_schema_sends_nothing(shell, server) -> None:
@@ -134,10 +139,17 @@ def test_a_repair_is_said_below_the_answer(shell, server) -> None:
     assert "retry" not in told
 
 
-def test_an_interrupt_keeps_what_had_arrived_of_an_answer_still_to_be_checked(shell, server) -> None:
-    gone = Gone()
+def test_an_interrupt_keeps_what_had_arrived_of_an_answer_still_to_be_checked(shell, server, monkeypatch) -> None:
+    gone, seen, hear = Gone(), threading.Event(), _Progress.hear
+
+    def heard(progress, news) -> None:
+        hear(progress, news)
+        if isinstance(news, Checking):
+            seen.set()
+
+    monkeypatch.setattr(_Progress, "hear", heard)
     server.next(said('{"name": ', gone))
-    interrupt_at(gone.reached)
+    interrupt_at(seen)
     shown = run(shell, "%%llm x << --schema 'name'\nwho?")
     assert isinstance(shown.result.error_in_exec, Interrupted)
     assert shell.user_ns["x"].text == '{"name": '

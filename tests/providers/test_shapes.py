@@ -108,6 +108,8 @@ def test_services_that_are_known_not_to_take_one() -> None:
 
 OPENAI_REFUSALS = [
     ("Unrecognized request argument supplied: response_format", "words"),
+    ("This response_format type is unavailable now", "words"),
+    ("response_format: response_format.type `json_schema` is unavailable now at line 1 column 12440", "json"),
     ("response_format: Extra inputs are not permitted", "words"),
     ("This model does not support response format `json_schema`. response_format is json_object", "json"),
     ("Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model", "json"),
