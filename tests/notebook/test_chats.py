@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import signal
 import threading
 
@@ -222,3 +223,54 @@ def test_parts_of_a_question_stay_with_it(cells, shell, server) -> None:
     again = chats.messages("trip", "And this?", Place("c2", "m2"))
     assert [m.content for m in again] == [parts, "Hello there.", "And this?"]
     assert "What is it? [1 picture]" in told(shell, "%llm chat trip")
+
+
+def test_a_chat_beyond_the_models_window_says_how_to_begin_it_anew(shell, server) -> None:
+    run(shell, "%%llm --chat trip\nhi")
+    server.next(refused(400, "This model's maximum context length is 50 tokens. However, you requested 60 tokens."))
+    error = run(shell, "%%llm --chat trip\nand then?").error
+    assert isinstance(error, ContextTooLong)
+    assert "%llm chat trip clear" in (error.next_step or "")
+    assert questions(shell) == ["hi"]
+
+
+def test_a_prompt_that_is_filled_in_is_remembered_as_it_was_sent(shell, server) -> None:
+    shell.user_ns["city"] = "Lyon"
+    run(shell, "%%llm --chat trip\nWhat of {{ city }}?")
+    shell.user_ns["city"] = "Basel"
+    run(shell, "%%llm --chat trip\nAnd?")
+    assert sent(server)[0] == ("user", "What of Lyon?")
+    assert LLMMagics.of(shell).chats.get("trip").turns[0].asked == (Message("user", "What of Lyon?"),)
+
+
+def test_the_answer_to_a_schema_is_remembered_as_text(shell, server) -> None:
+    server.next(said('{"name": "Ada"}'))
+    run(shell, "%%llm --chat trip --schema name\nWho?")
+    run(shell, "%%llm --chat trip\nAnd then?")
+    assert ("assistant", '{"name": "Ada"}') in sent(server)
+
+
+def test_planning_a_cell_adds_no_turn_and_counts_what_was_said(shell, server) -> None:
+    run(shell, "%%llm --chat trip\n" + "a long question " * 50)
+    alone = run(shell, "%%llm --plan\nAnd then?")
+    planned = run(shell, "%%llm --plan --chat trip\nAnd then?")
+    assert alone.error is planned.error is None
+    assert questions(shell) == [("a long question " * 50).rstrip()]
+    assert len(server.requests) == 1
+    assert str(planned.outputs) != str(alone.outputs) or planned.stdout != alone.stdout
+
+
+def test_repeat_and_chat_exclude_each_other(shell, server) -> None:
+    assert "exclude each other" in str(run(shell, "%%llm --chat trip --repeat 2\nhi").error)
+    assert server.requests == []
+
+
+def test_a_picture_goes_along_in_later_turns(shell, server, folder) -> None:
+    dot = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    (folder / "dot.png").write_bytes(base64.b64decode(dot))
+    first = run(shell, "%%llm --chat trip --image dot.png\nWhat is it?")
+    assert first.error is None
+    run(shell, "%%llm --chat trip\nAnd its colour?")
+    kinds = [part["type"] for part in server.requests[-1]["messages"][0]["content"]]
+    assert sorted(kinds) == ["image_url", "text"]
+    assert "[1 picture]" in told(shell, "%llm chat trip")
