@@ -221,7 +221,8 @@ class Told:
         schema = reply.call.schema
         if schema is not None and outcome.status == "complete":
             with suppress(ValueError):  # as it was: what does not fit has no data
-                reply.fitted(schema.read(reply.text))
+                fit = schema.fit(reply.text)
+                reply.fitted(fit.data, fit.text)
 
 
 class _Answer:
