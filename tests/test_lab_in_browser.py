@@ -20,7 +20,7 @@ from urllib.request import urlopen
 import nbformat
 import pytest
 
-from tests.notebook.server import Server, Step, refused, said
+from tests.notebook.server import Gone, Server, Step, refused, said
 from tests.test_markdown import HOSTILE
 
 ROOT = Path(__file__).parent.parent
@@ -187,7 +187,8 @@ def falls(page):
 
 def test_an_answer_grows_without_jumping(cells, page, server) -> None:
     step = Step()
-    with cells("%load_ext llmkit", "%%llm\nhi", "%%llm\nwait"):
+    pid = "import os; print(os.getpid())"
+    with cells("%load_ext llmkit", "%%llm\nhi", "%%llm\nwait", pid, "%%llm\nand the kernel dies"):
         page.evaluate(HEIGHTS, 1)
         server.next(said(*pieces(BEFORE), step, *pieces(AFTER)))
         run(page, 1)
@@ -213,6 +214,19 @@ def test_an_answer_grows_without_jumping(cells, page, server) -> None:
         ended(page, 2)
         assert falls(page) <= LINE
         assert "1 retry (503)" in output(page, 2).inner_text()
+
+        run(page, 3)
+        ended(page, 3)
+        kernel = int(output(page, 3).inner_text())
+        server.next(said("The *beginning", gone := Gone()))
+        run(page, 4)
+        assert gone.reached.wait(60)
+        output(page, 4).locator("em", has_text="beginning").wait_for()
+        os.kill(kernel, signal.SIGKILL)
+        page.wait_for_function(
+            f"{WIDGETS.removesuffix('.content.widgets')}.sessionContext.session.kernel.status !== 'busy'"
+        )
+        assert "The beginning" in output(page, 4).inner_text()
 
 
 def pieces(text):

@@ -21,6 +21,7 @@ _ROW = re.compile(r"[\s>]*\|")
 _RULE = re.compile(r"[\s>]*+\|?\s*+:?-++:?\s*+(?:\|\s*+:?-++:?\s*+)*+\|?\s*+$")
 _HALF_LINK = re.compile(r"!?\[[^\[\]]*(?:\](?:\([^()\s]*+(?:\([^()\s]*+\))?[^()\s]*+)?)?$")
 _HALF_TAG = re.compile(r"<[A-Za-z/!][^<>]*$|&#?\w{0,8}$")
+_EMPHASIS, _EMPHASIS_END = re.compile(r"(?<![*\w\\])\*(?![*\s])"), re.compile(r"(?<![*\s\\])\*(?![*\w])")
 _HALF_MATH = re.compile(r"(?<!\\)\\[(\[](?:(?!\\[)\]]).)*$", re.DOTALL)
 
 
@@ -108,6 +109,8 @@ def _closed(line: str) -> str:
     line = line.rstrip("*_~`") if line.endswith(("*", "_", "~", "`")) and _opens(line) else line
     if line.count("`") % 2:
         return line + "`"
+    if len(_EMPHASIS.findall(line)) > len(_EMPHASIS_END.findall(line)):
+        line = line.rstrip() + "*"
     for mark in ("**", "~~"):
         if line.count(mark) % 2:
             line = line.rstrip() + mark
