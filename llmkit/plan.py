@@ -283,7 +283,7 @@ def _route_row(number: int, link: PlannedLink, is_cached: bool) -> tuple[str, ..
     why = "" if link.reason is None else tidy(link.reason, limit=200)
     if link.use == "skipped":
         return (f"{number}.", name, "", "", "", "", f"skipped: {why}")
-    tokens = f"{link.input_tokens:,} → ≈{link.expected.tokens:,}"
+    tokens = f"{'' if link.is_exact else '≈'}{link.input_tokens:,} → ≈{link.expected.tokens:,}"
     first = "if the cache had no answer" if is_cached else "asked first"
     use = first if link.use == "asked" else why or "if those before it fail"
     attempts = f"up to {link.attempts}" if link.attempts > 1 else "1"
