@@ -430,21 +430,14 @@ _COMMANDS: dict[str, Command] = {
     ),
     "record": Command(
         recording.record,
-        (
-            (recording.RECORD, "record the calls of the cells that follow, to replay them anywhere;"),
-            ("", "--scrub: personal data is left out, as keys always are; --overwrite: begin the file anew;"),
-            ("", "--new: record what is not in it yet, and answer the rest from it"),
-        ),
+        (recording.RECORD,),
         more="""%llm record calls.jsonl
 %llm record calls.jsonl --scrub
 %llm record calls.jsonl --new""",
     ),
     "replay": Command(
         recording.replay,
-        (
-            (recording.REPLAY, "answer the cells that follow from a file: no key, no network, nothing spent;"),
-            ("", "--live: ask for real what is not in it, instead of an error"),
-        ),
+        (recording.REPLAY,),
         more="""%llm replay calls.jsonl
 %llm replay calls.jsonl --live""",
     ),

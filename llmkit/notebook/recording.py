@@ -10,15 +10,23 @@ if TYPE_CHECKING:
     from llmkit.layers.replay import Recordist, Replay
     from llmkit.notebook.magics import LLMMagics
 
-__all__ = ["greeting", "in_words", "live", "record", "replay", "until"]
+__all__ = ["RECORD", "REPLAY", "greeting", "in_words", "live", "record", "replay", "until"]
 
-RECORD = "%llm record PATH [--scrub] [--overwrite|--new]"
-REPLAY = "%llm replay PATH [--live]"
+_RECORDS = (
+    "record the calls of the cells that follow, to replay them anywhere; keys are left out, with --scrub personal data "
+    "as well; --overwrite begins anew, --new records only what is not in the file yet"
+)
+_ANSWERS = (
+    "answer the cells that follow from a recording: no key, no network, nothing spent; a question that is not in it is "
+    "an error, or with --live asked for real"
+)
+RECORD = ("%llm record PATH [--scrub] [--overwrite|--new]", _RECORDS)
+REPLAY = ("%llm replay PATH [--live]", _ANSWERS)
 
 
 def record(magics: LLMMagics, words: list[str]) -> None:
     """Record the cells that follow."""
-    path, options = _read(words, ("--scrub", "--overwrite", "--new"), RECORD)
+    path, options = _read(words, ("--scrub", "--overwrite", "--new"), RECORD[0])
     session = magics.session
     said = {name.removeprefix("--"): True for name in options}
     session.client.record(session.folder / path, **said)
@@ -29,7 +37,7 @@ def record(magics: LLMMagics, words: list[str]) -> None:
 
 def replay(magics: LLMMagics, words: list[str]) -> None:
     """Answer the cells that follow from a file."""
-    path, options = _read(words, ("--live",), REPLAY)
+    path, options = _read(words, ("--live",), REPLAY[0])
     session = magics.session
     session.client.replay(session.folder / path, live="--live" in options)
     taping = session.client.taping

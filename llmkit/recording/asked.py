@@ -67,7 +67,8 @@ def _said(call: Call) -> dict[str, Any]:
         "max_tokens": params.max_tokens,
         "seed": params.seed,
         "stop": list(params.stop) or None,
-        "extra": _plain(params.extra) or None,
+        # Fields of a request come in any order; what is inside them, a schema perhaps, counts in its own.
+        "extra": {str(name): _plain(params.extra[name]) for name in sorted(params.extra, key=str)} or None,
         # As it is: the order of its fields is what the model is told.
         "schema": None if call.schema is None else {"name": call.schema.name, "shape": call.schema.shape},
         "repeat": call.repeat or None,
@@ -99,13 +100,13 @@ def _brief(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it, names in their order; what JSON cannot say by how Python shows it."""
+    """As JSON has it; what JSON cannot say by how Python shows it."""
     if isinstance(value, bool) or value is None or isinstance(value, str | int):
         return value
     if isinstance(value, float):
         return _number(value) if math.isfinite(value) else repr(value)
     if hasattr(value, "items"):
-        return {str(name): _plain(each) for name, each in sorted(value.items(), key=lambda item: str(item[0]))}
+        return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return Neutral().out_of(repr(value))

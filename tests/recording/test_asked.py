@@ -80,10 +80,12 @@ def test_for_whom_how_long_and_which_way_make_no_difference(same) -> None:
     assert asked(**same).digest == asked().digest
 
 
-def test_numbers_are_numbers_and_the_order_of_names_says_nothing() -> None:
+def test_numbers_are_numbers_and_the_order_of_fields_says_nothing() -> None:
     assert asked(params=Params(temperature=0)).digest == asked(params=Params(temperature=0.0)).digest
-    one, other = Params(extra={"a": 1, "b": {"c": 2, "d": 3}}), Params(extra={"b": {"d": 3, "c": 2}, "a": 1})
+    one, other = Params(extra={"a": 1, "b": {"c": 2, "d": 3}}), Params(extra={"b": {"c": 2, "d": 3}, "a": 1})
     assert asked(params=one).digest == asked(params=other).digest
+    inside = Params(extra={"a": 1, "b": {"d": 3, "c": 2}})  # a schema is answered in the order of its properties
+    assert asked(params=one).digest != asked(params=inside).digest
 
 
 def test_pictures_stand_in_it_by_their_digest() -> None:
