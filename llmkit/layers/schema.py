@@ -29,6 +29,7 @@ LONGEST_REPEATED = 100_000
 
 QUICK = 50_000  # characters; reading more is done on a thread
 _FREE = frozenset({"cache", "coalesced"})
+_CUT = frozenset({"length", "max_tokens"})
 
 
 class SchemaCheck:
@@ -42,14 +43,14 @@ class SchemaCheck:
         problems = await _problems(schema, reply)
         if not problems:
             return reply
-        why = _no_use(reply)
-        if why is not None:
-            raise _mismatch(reply, problems, why)
+        no_use = _no_use(reply)
+        if no_use is not None:
+            raise _mismatch(reply, problems, *no_use, repaired=False)
         emit(call, Repairing(call.request_id, tuple(problems)))
         call.trail.repairs += 1
         last = await _repaired(call, call_next, reply, problems)
         if left := await _problems(schema, last):
-            raise _mismatch(last, left, "nor did the first answer", repaired=True)
+            raise _mismatch(last, left, "nor did the first one", None, repaired=True)
         return last
 
 
@@ -79,19 +80,22 @@ async def _problems(schema: Schema, reply: Reply) -> Sequence[str]:
     return ()
 
 
-def _no_use(reply: Reply) -> str | None:
-    """Why asking again would not help, if so."""
-    if reply.cut is not None:
-        return f"it was cut because it reached {reply.cut}, and so would be the next one"
-    if reply.finish_reason in {"length", "max_tokens"}:
-        return "it was cut at the limit of output tokens, and so would be the next one"
+def _no_use(reply: Reply) -> tuple[str, str | None] | None:
+    """Why asking again would not help, if so, and what would."""
+    if reply.cut is not None or reply.finish_reason in _CUT:
+        reached = reply.cut if reply.cut is not None else "the limit of output tokens"
+        return (
+            f"it was cut because it reached {reached}, and so would be the next one",
+            "raise --max-tokens or --max-cost, or ask for less",
+        )
     if reply.outcome is not None and reply.outcome.status != "complete":
-        return "it was broken off"
+        return "it was broken off", None
     if reply.source == "degraded":
-        return "no model could answer, and the text of [degraded] is none in this shape"
-    if not reply.text.strip():
-        return "it has no text"
-    return None
+        return (
+            "no model could answer, and the text of [degraded] has another shape",
+            "try again later, or add a fallback",
+        )
+    return None if reply.text.strip() else ("it has no text", None)
 
 
 async def _repaired(call: Call, call_next: CallNext, reply: Reply, problems: Sequence[str]) -> Reply:
@@ -126,8 +130,11 @@ def _correction(call: Call, text: str, problems: Sequence[str]) -> tuple[Message
     return (Message("assistant", text), Message("user", asked))
 
 
-def _mismatch(reply: Reply, problems: Sequence[str], why: str, *, repaired: bool = False) -> SchemaMismatch:
-    cut = "cut" in why and not repaired
+def _mismatch(
+    reply: Reply, problems: Sequence[str], why: str, next_step: str | None, *, repaired: bool
+) -> SchemaMismatch:
+    if next_step is None and reply.source in _FREE:
+        next_step = f"that answer was stored: --cache refresh asks anew; or {SchemaMismatch.default_next_step}"
     error = SchemaMismatch(
         f"the answer of {reply.model} does not fit its schema; {why}",
         problems=problems,
@@ -135,15 +142,7 @@ def _mismatch(reply: Reply, problems: Sequence[str], why: str, *, repaired: bool
         provider=reply.provider,
         model=reply.model,
         provider_request_id=reply.head.provider_request_id,
-        next_step=_next_step(reply, is_cut=cut),
+        next_step=next_step,
     )
     error.reply = reply
     return error
-
-
-def _next_step(reply: Reply, *, is_cut: bool) -> str | None:
-    if is_cut:
-        return "raise --max-tokens or --max-cost, or ask for less"
-    if reply.source in _FREE:
-        return f"that answer was stored: --cache refresh asks anew; or {SchemaMismatch.default_next_step}"
-    return None
