@@ -467,8 +467,19 @@ def test_of_a_model_and_a_tier_for_all_cells_the_last_one_set_holds(tiered, serv
     assert (magics.model, magics.tier) == ("", "hard")
 
 
-def test_a_tier_that_is_not_set_is_said_when_it_is_chosen_and_nothing_is_sent(tiered, server, caplog) -> None:
+def test_a_tier_that_is_not_set_is_refused_when_it_is_chosen(tiered, caplog) -> None:
     run(tiered, '%config LLMMagics.tier = "medium"')
     assert "the tier medium is not set" in caplog.text  # where %config says what it refuses
-    assert "the tier medium is not set" in str(run(tiered, "%%llm\nhi").error)
-    assert server.requests == []
+    assert LLMMagics.of(tiered).tier == ""
+
+
+def test_a_table_is_written_for_the_model(shell, server) -> None:
+    run(shell, "import pandas as pd\ndf = pd.DataFrame({'a': range(300), 'b': '{{ secrets }}'})")
+    assert run(shell, "%%llm\nRead this:\n{{ df | table(1) }}\n{{ {'n': df.a.max()} }}").error is None
+    (message,) = server.requests[0]["messages"]
+    table = "| a | b |\n| --- | --- |\n| 0 | {{ secrets }} |\n\n(first 1 of 300 rows)"
+    assert message["content"] == f'Read this:\n{table}\n{{"n": 299}}'
+    error = run(shell, "%%llm\n{{ df | tabel }}").error
+    assert isinstance(error, TemplateError)
+    assert "did you mean table?" in error.block()
+    assert len(server.requests) == 1
