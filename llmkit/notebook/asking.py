@@ -6,6 +6,7 @@ times a second, however fast text arrives.
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -28,7 +29,7 @@ from llmkit.events import (
 )
 from llmkit.money import money
 from llmkit.notebook import footer
-from llmkit.redaction import tidy
+from llmkit.redaction import redact, tidy
 from llmkit.reply import Reply
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
     from llmkit.notebook.life import Life
     from llmkit.portal import Portal
 
-__all__ = ["Interrupted", "ask"]
+__all__ = ["Interrupted", "NotShown", "ask"]
+
+log = logging.getLogger("llmkit")
 
 TICK_S = 0.1
 """Seconds between two looks at what has arrived; also the shortest time between two drawings."""
@@ -88,6 +91,19 @@ class Interrupted(KeyboardInterrupt):
 
     def _render_traceback_(self) -> list[str]:
         return self.block().split("\n")
+
+
+class NotShown(LLMKitError):
+    """The answer, or what had arrived of it, could not be shown. It is paid for, so it is kept: ``reply``."""
+
+    default_next_step = "mend what draws the outputs; the answer is in the variable and in error.reply.text"
+
+    def __init__(self, error: Exception, reply: Reply | None) -> None:
+        why = f"{type(error).__name__}: {tidy(redact(str(error)), limit=200)}".removesuffix(": ")
+        super().__init__(f"the answer could not be shown: {why}", next_step=None if reply is not None else "")
+        self.reply = reply
+        if reply is not None:
+            self.spent, self.request_id = reply.cost_usd, reply.request_id
 
 
 def ask(
@@ -141,13 +157,19 @@ def ask(
     except LLMKitError as error:
         _show_failure(error, progress, view)
         raise
+    except Exception as error:  # a drawing failed
+        job.cancel()
+        progress.hear_again(inbox.news)
+        raise NotShown(error, progress.reply) from error
     except BaseException:
         job.cancel()
-        _draw(view.done, None, progress.without_answer(view))
         raise
     reply = progress.reply
     assert reply is not None
-    _draw(view.done, reply, progress.with_answer(reply, view))
+    try:
+        _draw(view.done, reply, progress.with_answer(reply, view))
+    except Exception as error:
+        raise NotShown(error, reply) from error
     return reply
 
 
@@ -314,11 +336,21 @@ class _Progress:
 
 def _show_failure(error: LLMKitError, progress: _Progress, view: View) -> None:
     reply = error.reply if error.reply is not None and error.reply.text else None
-    if reply is None:
-        whole = error.reply if error.latency_s is None else error
-        _draw(view.done, None, progress.without_answer(view, None if whole is None else whole.latency_s))
-    else:
-        _draw(view.done, reply, progress.with_answer(reply, view))
+    with _at_best():
+        if reply is None:
+            whole = error.reply if error.latency_s is None else error
+            _draw(view.done, None, progress.without_answer(view, None if whole is None else whole.latency_s))
+        else:
+            _draw(view.done, reply, progress.with_answer(reply, view))
+
+
+@contextmanager
+def _at_best() -> Iterator[None]:
+    """Draw the end of a call that has failed: if that fails, too, it is the call's own failure that must be told."""
+    try:
+        yield
+    except Exception:
+        log.debug("the end of a cell could not be drawn", exc_info=True)
 
 
 def _interrupted(inbox: _Inbox, progress: _Progress, view: View) -> Interrupted:
@@ -326,11 +358,13 @@ def _interrupted(inbox: _Inbox, progress: _Progress, view: View) -> Interrupted:
     reply = progress.reply or progress.unchecked
     billed = any(attempt.maybe_billed for attempt in progress.attempts)
     if reply is None or not reply.text:
-        parts = [part for part in progress.without_answer(view) if part.below or not part.warns]
-        _draw(view.done, None, [*parts, footer.Part("interrupted", warns=True)])
+        with _at_best():
+            parts = [part for part in progress.without_answer(view) if part.below or not part.warns]
+            _draw(view.done, None, [*parts, footer.Part("interrupted", warns=True)])
         costs = [attempt.cost_usd for attempt in progress.attempts]
         known = [cost for cost in costs if cost is not None]
         spent = sum(known[1:], known[0]) if costs and len(known) == len(costs) else None
         return Interrupted(None, spent, sent=progress.sent, billed=billed)
-    _draw(view.done, reply, progress.with_answer(reply, view, interrupted=True))
+    with _at_best():
+        _draw(view.done, reply, progress.with_answer(reply, view, interrupted=True))
     return Interrupted(reply, reply.cost_usd, sent=True, billed=billed)

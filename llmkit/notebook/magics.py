@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from llmkit.notebook.question import Question
 
 __all__ = ["LLMMagics"]
+
+log = logging.getLogger("llmkit")
 
 
 class WrongSetting(ConfigError, TraitError):
@@ -334,8 +337,15 @@ class LLMMagics(Magics):
             self._handler(kind, error, traceback, tb_offset)
             return
         sys.last_type, sys.last_value, sys.last_traceback = kind, error, traceback  # what %tb and %debug read
-        lines = error._render_traceback_()
-        shell._showtraceback(kind, error, lines if self.shows_traceback else _wrapped(lines))
+        try:
+            lines = error._render_traceback_()
+            lines = lines if self.shows_traceback else _wrapped(lines)
+        except Exception:  # IPython would give up this handler for good
+            from llmkit.redaction import redact, tidy
+
+            log.debug("the block of an error could not be made", exc_info=True)
+            lines = [f"{kind.__name__}: {tidy(redact(str(error)))}"]
+        shell._showtraceback(kind, error, lines)
         if shell.call_pdb:
             shell.debugger(force=True)
 
