@@ -394,6 +394,8 @@ class SchemaMismatch(BadResponse):
     """
 
     transient = False
+    problems: tuple[str, ...] = ()  # also of one that another process told of
+    repaired: bool = False
     default_next_step = "simplify the schema, say in the prompt what each field means, or use another model (-m)"
 
     def __init__(self, message: str, *, problems: Sequence[str] = (), repaired: bool = False, **fields: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmkit import errors
+from llmkit.failure import read_back, written_out
 
 OVERLOADED = errors.ProviderOverloaded("503", provider="p", model="m", status=503, retry_after=2.0)
 EACH = [
@@ -55,3 +56,10 @@ def test_a_reply_stays_in_its_process() -> None:
     error = errors.StreamBroken("cut", text_so_far="abc")
     error.reply = object()
     assert pickle.loads(pickle.dumps(error)).reply is None
+
+
+@pytest.mark.parametrize("error", [error for error in EACH if isinstance(error, errors.ProviderError)])
+def test_one_that_another_process_told_of_can_be_shown(error) -> None:
+    told = read_back(written_out(error))
+    assert type(told) is type(error)
+    assert told.block().startswith(f"{type(error).__name__}: ")
