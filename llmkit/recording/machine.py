@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 __all__ = ["MARK", "Neutral", "escaped"]
@@ -42,19 +43,23 @@ def _home() -> str:
     return home if len(home) >= _SHORTEST_HOME else ""
 
 
+@lru_cache(maxsize=4)
+def _pattern(home: str, temporary: str) -> re.Pattern[str]:
+    known = sorted({temporary, os.path.realpath(temporary), "/tmp"}, key=len)  # noqa: S108  a name to look for
+    folders = "|".join(re.escape(each) for each in reversed(known))
+    # Not within a longer name: /home/ana is no part of /home/anatole, nor of /backup/home/ana.
+    at_home = rf"(?<![\w./\\-]){re.escape(home)}(?![\w.-])" if home else r"(?!)"
+    return re.compile(
+        rf"(?P<kernel>(?:{folders})[/\\]ipykernel_\d+(?=[/\\]))|(?P<made>(?:{folders})[/\\]{_MADE_UP}(?![\w-]))"
+        rf"|(?P<home>{at_home})|(?P<connection>{_CONNECTION})|(?P<address>{_ADDRESS})"
+    )
+
+
 class Neutral:
     """Takes the placeholders' place in the texts of one question; what it has numbered stays so in all of them."""
 
     def __init__(self) -> None:
-        temporary = sorted({tempfile.gettempdir(), os.path.realpath(tempfile.gettempdir()), "/tmp"}, key=len)  # noqa: S108  a name to look for
-        folders = "|".join(re.escape(each) for each in reversed(temporary))
-        home = _home()
-        # Not within a longer name: /home/ana is no part of /home/anatole, nor of /backup/home/ana.
-        at_home = rf"(?<![\w./\\-]){re.escape(home)}(?![\w.-])" if home else r"(?!)"
-        self._pattern = re.compile(
-            rf"(?P<kernel>(?:{folders})[/\\]ipykernel_\d+(?=[/\\]))|(?P<made>(?:{folders})[/\\]{_MADE_UP}(?![\w-]))"
-            rf"|(?P<home>{at_home})|(?P<connection>{_CONNECTION})|(?P<address>{_ADDRESS})"
-        )
+        self._pattern = _pattern(_home(), tempfile.gettempdir())
         self._numbers: dict[tuple[str, str], int] = {}
 
     def out_of(self, text: str) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Scrub", "secrets_in"]
 
 _SHORTEST_SECRET = 8  # shorter "keys" are placeholders for servers that need none, and also plain words
+_SHORTEST = 6  # of anything that goes: an e-mail address
 _SHORTEST_UNNAMED = 16
 _SECRET_NAME = re.compile(r"(?i)(?:^|.*_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PWD)$")
 
@@ -74,7 +75,9 @@ class Scrub:
 
     def _spans(self, text: str, *, prose: bool) -> list[tuple[int, int, str]]:
         """What goes, in its order and without overlaps; of two that overlap the one that begins first."""
-        found = [(*span, REDACTED) for secret in self._known for span in _all(text, secret)]
+        if len(text) < _SHORTEST:
+            return []
+        found = [(*span, REDACTED) for secret in self._known if secret in text for span in _all(text, secret)]
         found += [(*span, REDACTED) for span in keylike(text)]
         if self.of_people and prose:
             found += personal(text)
