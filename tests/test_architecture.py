@@ -48,6 +48,7 @@ ORDER = [
         "environment",
         "jsontext",
         "lock",
+        "markdown",
         "money",
         "places",
         "redaction",
