@@ -28,6 +28,7 @@ from llmkit.state.store import (
     CALL_COLUMNS,
     LOST_MESSAGE,
     MOST_SUMS,
+    NEWEST_CALLS,
     QUARTER_S,
     SERVED,
     SPEND_KEYS,
@@ -361,9 +362,10 @@ class MemoryStore:
 
     def outputs(self, endpoint: str, template: str | None, limit: int) -> list[tuple[float, int]]:
         with self._lock:
+            calls = sorted(self._calls.items(), key=lambda each: each[1]["started"], reverse=True)
             rows = [
                 (row["started"], row["output_tokens"])
-                for name, row in self._calls.items()
+                for name, row in (calls[:NEWEST_CALLS] if template is None else calls)
                 if row["status"] == "complete"
                 and row["attempts"]
                 and row["output_tokens"] is not None

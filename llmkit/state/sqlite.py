@@ -25,6 +25,7 @@ from llmkit.state.store import (
     CALL_COLUMNS,
     LOST_MESSAGE,
     MOST_SUMS,
+    NEWEST_CALLS,
     SERVED,
     SPEND_KEYS,
     SPEND_SUMS,
@@ -101,11 +102,13 @@ _LOSE_CALLS = f"""
                       FROM attempts WHERE attempts.request_id = calls.request_id)
     WHERE status = 'in_flight' AND owner = ?
 """  # noqa: S608
-# The words of the two indexes' own conditions, so that SQLite takes them.
 _OUTPUTS = (
-    "SELECT started, output_tokens FROM calls WHERE status = 'complete' AND attempts > 0 AND endpoint = ? {} "
-    "AND output_tokens IS NOT NULL AND source IS NOT 'degraded' ORDER BY started DESC LIMIT ?"
+    "SELECT started, output_tokens FROM {} WHERE status = 'complete' AND attempts > 0 AND output_tokens IS NOT NULL "
+    "AND source IS NOT 'degraded' AND endpoint = ? {} ORDER BY started DESC LIMIT ?"
 )
+# In the words of the index's own conditions, so that SQLite takes it.
+_OF_TEMPLATE = _OUTPUTS.format("calls", "AND template IS NOT NULL AND template = ?")
+_OF_ENDPOINT = _OUTPUTS.format(f"(SELECT * FROM calls ORDER BY started DESC LIMIT {NEWEST_CALLS})", "")  # noqa: S608
 _HOLDING = f"SELECT owner, min(expires) FROM holds WHERE state = '{HELD}' GROUP BY owner"  # noqa: S608
 _STALE = "SELECT 1 FROM accounts WHERE resets_at < ? AND held_nanos = 0 AND held_tokens = 0 LIMIT 1"
 
@@ -204,10 +207,8 @@ class SQLiteStore:
 
     def outputs(self, endpoint: str, template: str | None, limit: int) -> list[tuple[float, int]]:
         if template is None:
-            given: list[Any] = [fitting_text(endpoint), limit]
-            return self.database.read(_OUTPUTS.format(""), given)
-        given = [fitting_text(endpoint), fitting_text(template), limit]
-        return self.database.read(_OUTPUTS.format("AND template IS NOT NULL AND template = ?"), given)
+            return self.database.read(_OF_ENDPOINT, [fitting_text(endpoint), limit])
+        return self.database.read(_OF_TEMPLATE, [fitting_text(endpoint), fitting_text(template), limit])
 
     def page(self, after: tuple[float, str] | None, limit: int) -> list[tuple[Row, list[Row]]]:
         begin = (-math.inf, "") if after is None else (after[0], fitting_text(after[1]))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ATTEMPT_COLUMNS",
     "CALL_COLUMNS",
+    "NEWEST_CALLS",
     "QUARTER_S",
     "SERVED",
     "SPEND_KEYS",
@@ -47,6 +48,7 @@ __all__ = [
 
 FILE_NAME = "ledger.sqlite3"
 LARGEST = 2**63 - 1
+NEWEST_CALLS = 5_000  # among so many the answers of a model are looked for; an index of them would slow each call
 MOST_SUMS = 500_000  # more rows of sums than these are no overview
 LOST_MESSAGE = "its process ended before the call did; what was sent may be billed"
 
@@ -263,7 +265,8 @@ class Store(Protocol):
         """When the newest ``limit`` answers of ``endpoint`` were asked for (epoch seconds), and their output tokens.
 
         Of whole answers that somebody was asked for: none from a cache. ``template``: only those of prompts that were
-        made from it, by its digest. Newest first; as quick among a million calls as among a few.
+        made from it, by its digest; without one, only those among the newest `NEWEST_CALLS` calls. Newest first; as
+        quick among a million calls as among a few.
 
         Raises:
             StoreError: it cannot be read.

@@ -476,7 +476,7 @@ def test_a_forked_child_writes_beside_its_parent(path):
     raw.close()
 
 
-@pytest.mark.parametrize(("template", "index"), [("t", "calls_of_template"), (None, "calls_of_endpoint")])
+@pytest.mark.parametrize(("template", "index"), [("t", "calls_of_template"), (None, "calls_started")])
 def test_what_to_expect_is_looked_up_in_an_index_and_not_sorted(tmp_path, monkeypatch, template, index):
     store = SQLiteStore(tmp_path / "ledger.sqlite3")
     asked = []
@@ -486,5 +486,5 @@ def test_what_to_expect_is_looked_up_in_an_index_and_not_sorted(tmp_path, monkey
     ((sql, given),) = asked
     steps = [row[3] for row in read(f"EXPLAIN QUERY PLAN {sql}", given)]
     store.close()
-    assert len(steps) == 1
-    assert index in steps[0]
+    assert sum("SCAN calls" in step or "SEARCH calls" in step for step in steps) == 1
+    assert any(f"INDEX {index}" in step for step in steps), steps

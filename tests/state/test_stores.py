@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from llmkit.errors import ConfigError
-from llmkit.state import open_store
+from llmkit.state import open_store, sqlite
 from llmkit.state.memory import MemoryStore
 from llmkit.state.store import (
     ATTEMPT_COLUMNS,
@@ -346,3 +346,12 @@ def test_only_whole_answers_that_were_asked_for_are_expected_again(store):
 def test_a_name_no_store_could_hold_finds_what_was_stored_under_it(store):
     answered(store, "a", 1000.0, 3, template="t\udc80", model="m\udc80")
     assert store.outputs("openai:m\udc80", "t\udc80", 9) == [(1000.0, 3)]
+
+
+def test_a_model_is_looked_for_among_the_newest_calls_and_a_template_among_all(store, monkeypatch):
+    monkeypatch.setattr("llmkit.state.memory.NEWEST_CALLS", 3)
+    monkeypatch.setattr("llmkit.state.sqlite._OF_ENDPOINT", sqlite._OF_ENDPOINT.replace("LIMIT 5000", "LIMIT 3"))
+    for number in range(6):
+        answered(store, f"a{number}", 1000.0 + number, number, template="t", model="m" if number < 4 else "n")
+    assert store.outputs("openai:m", None, 9) == [(1003.0, 3)]
+    assert store.outputs("openai:m", "t", 9) == [(1003.0, 3), (1002.0, 2), (1001.0, 1), (1000.0, 0)]
