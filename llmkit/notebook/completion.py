@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import time
+from inspect import getattr_static
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -165,8 +166,7 @@ class Completer:
         match = _WORD.search(inside)
         fragment = match[0] if match else ""
         if "." in fragment:
-            found = self._magics.shell.Completer.attr_matches(fragment)
-            return Offer(fragment, [each for each in found if "._" not in each or "._" in fragment], "instance")
+            return Offer(fragment, _attributes(self._magics.shell.user_ns, fragment), "instance")
         if inside.removesuffix(fragment).rstrip().endswith("|"):
             from llmkit.notebook.sandbox import environment
 
@@ -253,6 +253,19 @@ def _is_schema(value: object) -> bool:
     if isinstance(value, type):
         return any("model_json_schema" in vars(each) for each in value.__mro__)
     return type(value) is dict and bool({"properties", "$ref", "anyOf", "enum", "items"} & value.keys())
+
+
+def _attributes(names: Mapping[str, object], fragment: str) -> list[str]:
+    """What may follow the last dot, keys of a dict included, as a template finds them. Runs no property's code."""
+    *path, last = fragment.split(".")
+    value = names[path[0]]
+    for name in path[1:]:
+        value = value[name] if type(value) is dict and name in value else getattr_static(value, name)
+        if hasattr(type(value), "__get__"):
+            return []
+    found = [key for key in value if type(key) is str and key.isidentifier()] if type(value) is dict else []
+    shown = (name for name in [*found, *dir(value)] if last.startswith("_") or not name.startswith("_"))
+    return _matching((".".join([*path, name]) for name in shown), fragment)
 
 
 def _limits() -> list[str]:

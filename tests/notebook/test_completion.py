@@ -132,7 +132,22 @@ def test_names_inside_braces_are_offered(tab, shell) -> None:
     assert tab("%%llm\n{{ _priv¦") == ["%%llm\n{{ _private"]
     assert tab("%%llm\n{% for x in fra¦ %}") == ["%%llm\n{% for x in frame"]
     assert "%%llm\n{{ text.upper" in tab("%%llm\n{{ text.up¦ }}")
+    shell.user_ns["row"] = {"name": "x", "inner": {"deep": 1}}
+    assert "%%llm\n{{ row.name" in tab("%%llm\n{{ row.na¦ }}")
+    assert tab("%%llm\n{{ row.inner.de¦ }}") == ["%%llm\n{{ row.inner.deep"]
     assert "%%llm\n{{ frame | length" in tab("%%llm\n{{ frame | len¦ }}")
+
+
+def test_looking_at_an_object_runs_none_of_its_code(tab, shell) -> None:
+    class Trap:
+        @property
+        def inner(self):
+            raise AssertionError("Tab has run a property")
+
+    shell.user_ns["trap"] = Trap()
+    assert tab("%%llm\n{{ trap.inn¦ }}") == ["%%llm\n{{ trap.inner"]
+    offers = completion.Completer(LLMMagics.of(shell))
+    assert offers.of("%%llm\n{{ trap.inner.x", 1, 15).words == []
 
 
 def test_quotes_hold_the_users_own_text(tab) -> None:
