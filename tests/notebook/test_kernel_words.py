@@ -83,3 +83,17 @@ def test_without_a_frontend_turns_are_appended(kernel, server) -> None:  # noqa:
         "Hello there.",
         "question 2",
     ]
+
+
+@pytest.mark.parametrize("magic, option", [("%%llm", "--max-cost USD"), ("%%llm_compare", "--temperature")])
+def test_a_question_mark_shows_every_option(kernel, server, magic, option) -> None:  # noqa: F811
+    asked = kernel.client.execute(f"{magic}?")
+    while True:
+        reply = kernel.client.get_shell_msg(timeout=WAIT_S)
+        if reply["parent_header"].get("msg_id") == asked:
+            break
+    (page,) = reply["content"]["payload"]
+    assert option in page["data"]["text/plain"]
+    assert kernel.run(f"{magic} --help") == "ok"
+    assert option in kernel.outputs()[0]["text"]
+    assert server.requests == []
