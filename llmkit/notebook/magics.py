@@ -266,6 +266,7 @@ class LLMMagics(Magics):
         kept = self.session.prompts.get(said.saved) if said.saved else None
         names = (self.shell.user_ns, local_ns)
         settings = self._settings() if settings is None else settings
+        cell = cell.replace("\r\n", "\n")  # of a file made elsewhere: the question is the same one
         question = Question.of(said, cell, settings=settings, names=names, kept=kept)
         if "tier" not in question.options:
             question.options.setdefault("model", self.session.default.model)
