@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
-from llmkit.notebook.values import Unwritable, fields_of, instance_of, plain, written
+from llmkit.notebook.values import Unwritable, attributes_of, fields_of, instance_of, plain, written
 
 __all__ = ["LONGEST_CELL", "MOST_COLUMNS", "MOST_ROWS", "csv", "grid", "has_plain_index", "table"]
 
@@ -170,6 +170,11 @@ def _cut(value: Any, rows: int, what: str) -> tuple[list[str], list[list[Any]], 
     if instance_of(value, "pandas", "DataFrame"):
         names, columns = grid(value.iloc[:rows])
         return names, columns, len(value)
+    if instance_of(value, "polars", "Series"):
+        value = value.to_frame(value.name or "value")
+    if instance_of(value, "polars", "DataFrame"):
+        shown = value.head(rows)
+        return list(shown.columns), [column.to_list() for column in shown.get_columns()], len(value)
     if instance_of(value, "numpy", "ndarray") and value.ndim in {1, 2}:
         shown = value[:rows] if value.ndim == 2 else value[:rows, None]
         return [str(place) for place in range(shown.shape[1])], [column.tolist() for column in shown.T], len(value)
@@ -200,7 +205,7 @@ def _record(item: Any) -> dict[str, Any]:
         return {str(name): inner for name, inner in item.items()}
     if isinstance(item, tuple) and hasattr(item, "_asdict"):
         return dict(item._asdict())
-    if (fields := fields_of(item)) is not None:
+    if fields := fields_of(item) or attributes_of(item):
         return fields
     if isinstance(item, Sequence) and not isinstance(item, str | bytes):
         return {str(place): inner for place, inner in enumerate(item)}

@@ -19,10 +19,20 @@ from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, Va
 from collections.abc import Set as AbstractSet
 from datetime import date, time
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
-__all__ = ["MOST_ARRAY_VALUES", "MOST_VALUES", "Unwritable", "as_json", "fields_of", "instance_of", "plain", "written"]
+__all__ = [
+    "MOST_ARRAY_VALUES",
+    "MOST_VALUES",
+    "Unwritable",
+    "as_json",
+    "attributes_of",
+    "fields_of",
+    "instance_of",
+    "plain",
+    "written",
+]
 
 MOST_ARRAY_VALUES = 2_000
 """Values of an array that is put in plainly."""
@@ -31,7 +41,7 @@ MOST_VALUES = 1_000_000
 """Values of anything that is written as JSON."""
 
 _DEEPEST = 100
-_ADDRESS = re.compile(r"<[^<>]*\bat 0x[0-9a-fA-F]{4,}[^<>]*>")
+_ADDRESS = re.compile(r"<.* at 0x[0-9a-fA-F]{4,}")
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType)
 _BYTES = (bytes, bytearray, memoryview)
 _SCALARS = (str, bool, int, float, type(None))
@@ -62,13 +72,13 @@ def written(value: Any) -> str:
         return str(value.value) if isinstance(value, Enum) else str(value)
     if value is None or isinstance(value, bool | int | float | Enum):
         return str(value)
-    if instance_of(value, "pandas", "DataFrame", "Series"):
+    if instance_of(value, "pandas", "DataFrame", "Series") or instance_of(value, "polars", "DataFrame", "Series"):
         from llmkit.notebook.tables import table
 
         return table(value)
     if instance_of(value, "numpy", "ndarray"):
         return _array(value)
-    if _has_parts(value):
+    if _has_parts(value) or (_is_without_text(value) and attributes_of(value)):
         return as_json(value, indent=None)
     return _text(value)
 
@@ -96,7 +106,7 @@ def plain(value: Any) -> Any:
 def _has_parts(value: Any) -> bool:
     if isinstance(value, Mapping | Sequence | ValuesView | AbstractSet) and not isinstance(value, (*_BYTES, range)):
         return True
-    return fields_of(value) is not None or instance_of(value, "pandas", "Index", "Categorical")
+    return fields_of(value) is not None or _is_of_pandas(value)
 
 
 def fields_of(value: Any) -> dict[str, Any] | None:
@@ -110,6 +120,22 @@ def fields_of(value: Any) -> dict[str, Any] | None:
     if hasattr(type(value), "__attrs_attrs__"):
         return {field.name: getattr(value, field.name) for field in type(value).__attrs_attrs__}
     return None
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """The public attributes of an object whose class was made in the notebook, or of a `types.SimpleNamespace`.
+
+    Not those of a library's objects: they may hold anything, keys included.
+    """
+    is_own = type(value).__module__ == "__main__" and not isinstance(value, BaseException | type)
+    if not is_own and not isinstance(value, SimpleNamespace):
+        return {}
+    return {name: inner for name, inner in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
+
+
+def _is_without_text(value: Any) -> bool:
+    kind: Any = type(value)
+    return kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__
 
 
 def _text(value: Any) -> str:
@@ -162,33 +188,28 @@ class _Plain:
             raise Unwritable(f"{type(value).__name__} is nested more than {_DEEPEST} deep, or holds itself")
         if isinstance(value, Enum):
             return self.of(value.value, depth + 1)
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
         if isinstance(value, _SCALARS):
-            return value
+            return None if isinstance(value, float) and not math.isfinite(value) else value
         if value is os.environ:
             raise Unwritable("os.environ holds keys and passwords", "put in the one that the model should read")
-        if isinstance(value, Mapping):
-            return {self._key(key): self.of(item, depth + 1) for key, item in value.items()}
-        fields = fields_of(value)
-        if fields is not None or (isinstance(value, tuple) and hasattr(value, "_asdict")):
-            return self.of(value._asdict() if fields is None else fields, depth + 1)
+        fields = value if isinstance(value, Mapping) else _inside(value)
+        if fields is not None:
+            return {self._key(key): self.of(item, depth + 1) for key, item in fields.items()}
         return self._collected(value, depth)
 
     def _collected(self, value: Any, depth: int) -> Any:
-        if isinstance(value, KeysView | ItemsView | ValuesView) or (
-            isinstance(value, Sequence) and not isinstance(value, _BYTES)
-        ):
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, _BYTES)
+        if is_sequence or isinstance(value, KeysView | ItemsView | ValuesView):
             return [self.of(item, depth + 1) for item in value]
         if isinstance(value, AbstractSet):  # in an order that is the same in each run
             return sorted((self.of(item, depth + 1) for item in value), key=lambda item: (str(type(item)), str(item)))
         if instance_of(value, "numpy", "ndarray", "generic"):
             return self._of_numpy(value, depth)
-        if instance_of(value, "pandas", "DataFrame", "Series", "Index", "Categorical"):
+        if _is_of_pandas(value):
             return self._of_pandas(value, depth)
-        if _is_missing(value):
-            return None
-        return value.isoformat() if isinstance(value, date | time) else _text(value)
+        if instance_of(value, "polars", "DataFrame", "Series"):
+            return self._of_polars(value, depth)
+        return _single(value)
 
     def _of_numpy(self, value: Any, depth: int) -> Any:
         if value.size > MOST_VALUES:
@@ -198,12 +219,19 @@ class _Plain:
             return float(value)
         return self.of(str(value) if instance_of(value, "numpy", "datetime64", "timedelta64") else inner, depth + 1)
 
+    def _of_polars(self, value: Any, depth: int) -> Any:
+        is_frame = instance_of(value, "polars", "DataFrame")
+        if len(value) * (len(value.columns) if is_frame else 1) > MOST_VALUES:
+            self._seen = MOST_VALUES
+            return self.of(None, depth)
+        return self.of(value.to_dicts() if is_frame else value.to_list(), depth + 1)
+
     def _of_pandas(self, value: Any, depth: int) -> Any:
         from llmkit.notebook.tables import has_plain_index
 
         if value.size > MOST_VALUES:
             self._seen = MOST_VALUES
-        if instance_of(value, "pandas", "Index", "Categorical"):
+        if not instance_of(value, "pandas", "DataFrame", "Series"):
             return self.of(value.tolist(), depth + 1)
         if instance_of(value, "pandas", "Series"):
             if has_plain_index(value):
@@ -224,6 +252,21 @@ class _Plain:
         return inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)
 
 
-def _is_missing(value: Any) -> bool:
+def _inside(value: Any) -> dict[str, Any] | None:
+    """The parts of an object that have names."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return dict(value._asdict())
+    fields = fields_of(value)
+    return attributes_of(value) or None if fields is None else fields
+
+
+def _is_of_pandas(value: Any) -> bool:
+    of_extension = instance_of(value, "pandas.api.extensions", "ExtensionArray")
+    return of_extension or instance_of(value, "pandas", "DataFrame", "Series", "Index")
+
+
+def _single(value: Any) -> str | None:
     pandas = sys.modules.get("pandas")
-    return pandas is not None and (value is pandas.NaT or value is pandas.NA)
+    if pandas is not None and (value is pandas.NaT or value is pandas.NA):
+        return None
+    return value.isoformat() if isinstance(value, date | time) else _text(value)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from decimal import Decimal
 from pathlib import PurePosixPath
 
@@ -80,6 +81,7 @@ class Told:
         (np.arange(4).reshape(2, 2), "[[0, 1], [2, 3]]"),
         (np.array(7), "7"),
         (pd.Index(["a", "b"]), '["a", "b"]'),
+        (pd.Series(["a", "b"], dtype="string").unique(), '["a", "b"]'),
         (range(3), "range(0, 3)"),
     ],
 )
@@ -111,6 +113,36 @@ def test_values_are_written_as_a_model_reads_them(value, text) -> None:
 def test_what_no_model_can_read_is_refused(value, says) -> None:
     with pytest.raises(Unwritable, match=says):
         written(value)
+
+
+def test_an_object_of_the_notebooks_own_is_what_it_holds(monkeypatch) -> None:
+    class Own:
+        def __init__(self, **fields) -> None:
+            self.__dict__.update(fields)
+
+    class Named(Own):
+        def __repr__(self) -> str:
+            return "named"
+
+    bare = Own(a=1)
+    with pytest.raises(Unwritable):  # a library's: it may hold anything, keys included
+        written(bare)
+    monkeypatch.setattr(Own, "__module__", "__main__")
+    monkeypatch.setattr(Named, "__module__", "__main__")
+    assert written(Own(a=1, _key="secret", inner=[Own(b=2)])) == '{"a": 1, "inner": [{"b": 2}]}'
+    assert (written(Named(a=1)), as_json(Named(a=1), None)) == ("named", '{"a": 1}')
+    with pytest.raises(Unwritable):
+        written(Own())
+    assert as_json(types.SimpleNamespace(a=1), None) == '{"a": 1}'
+
+
+def test_frames_of_polars() -> None:
+    polars = pytest.importorskip("polars")
+    frame = polars.DataFrame({"a": [1, None], "b": ["x|y", "z"]})
+    assert written(frame) == "| a | b |\n| --- | --- |\n| 1 | x\\|y |\n|  | z |"
+    assert json.loads(as_json(frame)) == [{"a": 1, "b": "x|y"}, {"a": None, "b": "z"}]
+    assert written(polars.Series("s", range(150))).endswith("| 99 |\n\n(first 100 of 150 rows)")
+    assert json.loads(as_json({"s": frame["a"]})) == {"s": [1, None]}
 
 
 def test_what_is_no_finite_number_is_null_in_json() -> None:
