@@ -495,9 +495,14 @@ class AsyncClient:
         Raises:
             ConfigError: the file cannot be written, holds something else, or another process records to it.
         """
-        if not self._is_bound:
-            file = tape.place(path)
-            self._turn(lambda: tape.recordist(self.config, file, self.clock, scrub=scrub, overwrite=overwrite, new=new))
+        if overwrite and new:
+            raise ConfigError("overwrite begins anew, and new keeps what there is: say one of them")
+        if self._is_bound:
+            return
+        file, before = tape.place(path), self._tape
+        if before is not None and not before.replays and before.path == file.resolve():
+            self.live()  # the same file from its beginning, so nobody may hold it
+        self._turn(tape.recordist(self.config, file, self.clock, scrub=scrub, overwrite=overwrite, new=new))
 
     def replay(self, path: str | os.PathLike[str], *, live: bool = False) -> None:
         """Answer all calls from now on from ``path``, from its beginning; nothing is sent, and no key is needed.
@@ -509,12 +514,12 @@ class AsyncClient:
             ConfigError: the file cannot be read, or is no recording.
         """
         file, live = tape.place(path), live and not self._is_bound
-        self._turn(lambda: tape.replay(self.config, file, self.clock, live=live))
+        self._turn(tape.replay(self.config, file, self.clock, live=live))
 
     def live(self) -> None:
         """Neither record nor replay from now on. While ``LLMKIT_REPLAY`` is set this does nothing."""
         if not self._is_bound:
-            self._turn(lambda: None)
+            self._turn(None)
 
     @property
     def taping(self) -> Recordist | Replay | None:
@@ -526,11 +531,10 @@ class AsyncClient:
         told = tape.told_by(self.config.environ)
         return told is not None and told[0] == tape.REPLAY
 
-    def _turn(self, to: Callable[[], Recordist | Replay | None]) -> None:
-        before, self._tape = self._tape, None
+    def _turn(self, to: Recordist | Replay | None) -> None:
+        before, self._tape = self._tape, to
         if before is not None:
             before.finish()
-        self._tape = to()
 
     # -- closing -----------------------------------------------------------------------------------------------------
 

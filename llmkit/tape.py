@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmkit.layers.replay import Recordist, Replay
     from llmkit.recording.file import Recording
 
-__all__ = ["RECORD", "REPLAY", "of_environment", "place", "recordist", "replay", "told_by"]
+__all__ = ["RECORD", "REPLAY", "of_environment", "place", "recordist", "replay", "start_over", "told_by"]
 
 RECORD, REPLAY = "LLMKIT_RECORD", "LLMKIT_REPLAY"
 
@@ -51,6 +51,13 @@ def told_by(environ: Mapping[str, str]) -> tuple[str, Path] | None:
     return name, _places.setdefault(path, place(path))
 
 
+def start_over() -> None:
+    """A notebook begins: what the environment has replayed begins with its first call again."""
+    with _guard:
+        _places.clear()
+        _replays.clear()
+
+
 def of_environment(config: Config, clock: Clock) -> Recordist | Replay | None:
     """What every client of this process does, if the environment says anything. Waits for a file.
 
@@ -77,8 +84,6 @@ def recordist(
     from llmkit.recording.recorder import recorder_at
     from llmkit.recording.scrubbing import Scrub
 
-    if overwrite and new:
-        raise ConfigError("overwrite begins anew, and new keeps what there is: say one of them")
     recorder = recorder_at(path, Scrub(partial(_secrets, config), of_people=scrub), overwrite=overwrite)
     return Recordist(recorder, clock, new=new)
 

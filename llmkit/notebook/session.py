@@ -44,6 +44,7 @@ class Session:
 
     def __init__(self) -> None:
         self.started = time.time()
+        tape.start_over()
         self.greeting = ""
         self.folder = Path.cwd()  # the notebook's; a later `%cd` is about the user's files, not about settings
         self._config: Config | None = None
