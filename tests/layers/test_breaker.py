@@ -322,6 +322,25 @@ def test_what_opened_in_one_kernel_is_open_in_the_other_within_a_second(kernels)
     run(main)
 
 
+def test_a_plan_knows_what_another_kernel_knows_and_changes_nothing(kernels) -> None:
+    async def main() -> None:
+        clock = kernels.clock
+        (one, first), (two, _) = kernels(), kernels()
+        assert await two.plan(endpoint()) is None
+        await times(5, first, clock, DOWN)
+        refusal = await two.plan(endpoint())
+        assert isinstance(refusal, errors.CircuitOpen)
+        assert (refusal.state, refusal.endpoint) == ("open", "test:m")
+        assert two._named == {}
+        await clock.advance(60)
+        assert await two.plan(endpoint()) is None, "it is due for a probe"
+        assert one.of(endpoint()).state == "open"
+        one.of(endpoint()).isolate()
+        assert (await two.plan(endpoint())).state == "isolated"
+
+    run(main)
+
+
 def test_the_simulator_is_each_kernels_own_and_so_is_its_circuit(kernels) -> None:
     async def main() -> None:
         clock, simulated = kernels.clock, endpoint(simulated=True)
@@ -666,3 +685,25 @@ def test_clients_with_one_ledger_share_their_circuits(tmp_path) -> None:
         asyncio.run(clock.advance(1))
         with pytest.raises(errors.CircuitOpen, match="isolated by hand"):
             two.complete("x")
+
+
+def test_a_plan_of_a_circuit_is_what_it_would_say_and_changes_nothing() -> None:
+    async def main() -> None:
+        clock = FakeClock()
+        breakers = Breakers(BreakerSettings(failures=1, probes=1), clock)
+        assert await breakers.plan(endpoint()) is None
+        assert list(breakers) == []
+        circuit = breakers.of(endpoint())
+        circuit.report(circuit.admit(), DOWN)
+        refusal = await breakers.plan(endpoint())
+        assert isinstance(refusal, errors.CircuitOpen)
+        assert (refusal.state, refusal.retry_after) == ("open", 60)
+        await clock.advance(60)
+        assert await breakers.plan(endpoint()) is None
+        assert circuit.state == "open"
+        circuit.admit()  # the probe is out
+        assert (await breakers.plan(endpoint())).state == "half_open"
+        circuit.isolate()
+        assert (await breakers.plan(endpoint())).state == "isolated"
+
+    run(main)
