@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from llmkit.call import Message
 from llmkit.errors import ConfigError
-from llmkit.schema import MAX_BYTES, MOST_PROBLEMS, Misfit, Schema
+from llmkit.schema import MAX_BYTES, MOST_PROBLEMS, Misfit, Schema, _compiled
 
 
 class Address(BaseModel):
@@ -164,6 +164,11 @@ def test_what_is_no_schema_is_an_error_before_anything_is_sent(said, message) ->
         Schema.of(said)
     assert message in raised.value.message
     assert len(raised.value.block()) < 1000
+
+
+def test_nothing_is_fetched_even_where_a_reference_gets_past_the_first_look() -> None:
+    with pytest.raises(ConfigError, match="is not fetched"):
+        _compiled({"$ref": "http://127.0.0.1:9/person.json"})
 
 
 def test_a_class_that_pydantic_cannot_read() -> None:
