@@ -129,6 +129,11 @@ class Job(Generic[T]):
         self._task = self._loop.create_task(self._work)
         self._task.add_done_callback(lambda _: self._done.put(None))
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return not self._done.empty()
+
     def result(self, timeout: float | None = None) -> T:
         """Wait for the end (``timeout`` seconds, then TimeoutError); the result, or what the coroutine raised."""
         try:

@@ -152,8 +152,10 @@ def ask(
         _watch(inbox, progress, view)
         job.result()
     except (KeyboardInterrupt, CancelledError):  # cancelled by others: llmkit was unloaded in another thread
-        job.cancel()
-        raise _interrupted(inbox, progress, view) from None
+        with _deaf():
+            job.cancel()
+            interrupted = _interrupted(inbox, progress, view)
+        raise interrupted from None
     except LLMKitError as error:
         _show_failure(error, progress, view)
         raise
@@ -161,9 +163,9 @@ def ask(
         job.cancel()
         progress.hear_again(inbox.news)
         raise NotShown(error, progress.reply) from error
-    except BaseException:
-        job.cancel()
-        raise
+    finally:
+        if not job.is_over:  # an interrupt in the midst of one of these
+            job.cancel()
     reply = progress.reply
     assert reply is not None
     try:
@@ -188,6 +190,20 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if held:
             before(*held[0])
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Hear no interrupt: the cell is ending already, in bounded time, and one cut short would lose what is kept."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _draw(drawing: Callable[..., None], *what: Any) -> None:
