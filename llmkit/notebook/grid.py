@@ -279,12 +279,11 @@ def _escaped(text: str) -> str:
 
 def as_text(cards: Sequence[Card], line: Sequence[Part]) -> str:
     """The same for a terminal: a table, and then the texts. Control characters are left out."""
-    rows = [["", "model", "", "", ""]]
+    rows = [["", "model", "", ""]]
     for card in cards:
-        about = " · ".join(part.text for part in card.footer if not part.below)
-        rows.append(
-            [str(card.number + 1), card.title, " · ".join(card.where), about or card.status, ", ".join(card.marks)]
-        )
+        about = [part.text for part in card.footer if not part.below] or [card.status]
+        # Last, since it may differ from run to run: a column before it would be as wide as the longest.
+        rows.append([str(card.number + 1), card.title, " · ".join(card.where), " · ".join([*about, *card.marks])])
     texts = [_said(card, _room(cards)) for card in cards]
     return plain("\n\n".join([_table(rows), *texts, footer.as_text(line)]))
 
