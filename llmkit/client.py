@@ -177,9 +177,14 @@ class AsyncClient:
             ConfigError: the call could not be made at all. That it would be refused is in ``plan.refusal``.
             StoreError: the accounts of the budgets cannot be read.
         """
-        from llmkit.planner import Planner
+        from llmkit.planner import Planner, replayed
 
-        call = await self._asked_call(prompt, False, (await _checked(options)).unheard())
+        asked = (await _checked(options)).unheard()
+        if self._tape is not None and self._tape.replays:
+            plan = replayed(self._tape, await self._unrouted(prompt, False, asked, self._tape))
+            if plan is not None:
+                return plan
+        call = await self._asked_call(prompt, False, asked)
         planner = Planner(
             self._pipeline.layers,
             breakers=self.circuits,

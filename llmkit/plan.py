@@ -110,8 +110,8 @@ class Plan:
 
     Attributes:
         model: as it was asked for.
-        source: where the answer would come from: ``provider``, ``simulated``, ``cache`` or ``degraded``; None: it would be
-            refused, with ``refusal``.
+        source: where the answer would come from: ``provider``, ``simulated``, ``cache``, ``degraded`` or ``recording``;
+            None: it would be refused, with ``refusal``.
         cache: ``hit``; ``before``: one of the plans before it (``after``) will have stored the answer; ``miss``;
             ``refresh``: not looked for; ``off``: neither looked for nor stored.
         links: the route, in its order.
@@ -179,7 +179,7 @@ class Plan:
 
     @property
     def _is_free_of_charge(self) -> bool:
-        return self.source in {"cache", "degraded"}
+        return self.source in {"cache", "degraded", "recording"}
 
     # -- in words ----------------------------------------------------------------------------------------------------
 
@@ -187,6 +187,8 @@ class Plan:
         name = tidy(self.link.endpoint if self.link else self.model, limit=100)
         if self.refusal is not None:
             return f"<Plan {name} refused: {tidy(self.refused_by or '', limit=60)}>"
+        if self.source == "recording":
+            return f"<Plan {name} from the recording>"
         if self.cached:
             return f"<Plan {name} from the cache, saves {usd(self.saved_usd)}>"
         tokens = f"{self.input_tokens:,} → ≈{self.output_tokens:,} tokens"
@@ -199,7 +201,8 @@ class Plan:
     def sections(self) -> list[Section]:
         """The block in its parts. No control characters in them; not escaped."""
         found = [Section("plan", ((self._verdict(),),)), *self._tokens(), *self._money()]
-        found.append(Section("cache", ((self._cache(),),)))
+        if self.links:
+            found.append(Section("cache", ((self._cache(),),)))
         if self.links:
             rows = tuple(_route_row(number, link, self.cached) for number, link in enumerate(self.links, 1))
             found.append(Section("route", rows, ("", "model", "tokens", "expected", "at most", "attempts", "")))
@@ -215,6 +218,8 @@ class Plan:
             return tidy(f"would be refused: {self.refusal.message}" + (f" ({step})" if step else ""), limit=600)
         if self.source == "cache":
             return "the cache answers; nothing would be sent"
+        if self.source == "recording":
+            return "the recording answers; nothing would be sent (%llm live asks for real)"
         if self.source == "degraded":
             return "no model can be asked now: the text set for that would be the answer ([degraded])"
         return (

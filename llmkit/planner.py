@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from llmkit.clock import Clock
     from llmkit.endpoint import Link
     from llmkit.layers.breaker import Breakers
+    from llmkit.layers.replay import Replay
     from llmkit.ledger import Ledger
     from llmkit.pipeline import Layer
     from llmkit.providers.http import Provider
 
-__all__ = ["NEWEST", "USUAL_OUTPUT", "Planner"]
+__all__ = ["NEWEST", "USUAL_OUTPUT", "Planner", "replayed"]
 
 NEWEST = 100
 """So many answers of the past say what to expect of the next one."""
@@ -221,6 +222,14 @@ class Planner:
         if wanted is not None:
             return Expectation(min(-(-wanted // 2), most), "max_tokens")
         return Expectation(min(USUAL_OUTPUT, most, windows.max_output(call.endpoint) or most), "default")
+
+
+def replayed(replay: Replay, call: Call) -> Plan | None:
+    """The plan of a call while answers come from a recording; None where it would be asked for real."""
+    try:
+        return Plan(model=call.model, source="recording", cache="off") if replay.plan(call) else None
+    except LLMKitError as error:
+        return Plan(model=call.model, source=None, cache="off", refusal=error)
 
 
 def _of(layers: Sequence[Any], kind: type[_L]) -> _L:

@@ -516,3 +516,19 @@ def test_the_async_client_has_it_as_well() -> None:
 
     first, second = asyncio.run(main())
     assert (first.cache, second.cache) == ("miss", "before")
+
+
+def test_while_a_recording_answers_the_plan_says_whether_it_does(tmp_path) -> None:
+    with client() as asking:
+        asking.record(tmp_path / "calls.jsonl")
+        asking.complete("known", max_tokens=50)
+        asking.live()
+        asking.replay(tmp_path / "calls.jsonl")
+        known, unknown = asking.plan("known", max_tokens=50), asking.plan("unknown")
+        asking.replay(tmp_path / "calls.jsonl", live=True)
+        live = asking.plan("unknown")
+    assert (known.source, known.refusal, known.expected_usd, known.worst_usd) == ("recording", None, 0, 0)
+    assert "the recording answers" in str(known)
+    assert "recording" in repr(known)
+    assert isinstance(unknown.refusal, errors.ReplayMismatch)
+    assert (live.source, live.links[0].endpoint) == ("provider", "own:m-1")

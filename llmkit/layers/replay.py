@@ -79,6 +79,19 @@ class Replay:
 
     replays: Literal[True] = True
 
+    def plan(self, call: Call) -> bool:
+        """Whether ``call`` would be answered from the recording; else it would be asked for real. Counts nothing.
+
+        Raises:
+            ReplayMismatch: it would be neither.
+        """
+        asked = Asked.of(call, self.default)
+        if self.recording.known_as(asked) is not None:
+            return True
+        if not self.live:
+            raise self._mismatch(asked)
+        return False
+
     def finish(self) -> None:
         """Nothing is open."""
 
