@@ -244,8 +244,9 @@ def test_a_key_in_an_answer_is_not_told() -> None:
 
 
 def test_a_pattern_comes_to_an_end_whatever_it_is_given() -> None:
-    schema = Schema.of({"type": "object", "properties": {"a": {"type": "string", "pattern": r"^(?=a)(a+)+\1$"}}})
-    assert "does not match" in problems(schema, json.dumps({"a": "a" * 5000 + "!"}))[0]
+    schema = Schema.of({"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?:(?=a)a+)+$"}}})
+    assert schema.read('{"a": "aaa"}') == {"a": "aaa"}
+    assert "Max limit for backtracking" in problems(schema, json.dumps({"a": "a" * 5000 + "!"}))[0]
 
 
 def test_formats_are_checked() -> None:
