@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmkit.errors import ConfigError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["COLUMN", "Option", "examples", "help_text", "lines", "options", "run", "text_of", "topics"]
 
 COLUMN = 35
+WIDTH = 80  # of what stands beside it
 MAGICS = ("llm", "llm_compare")
 
 _BESIDE = (
@@ -35,7 +37,8 @@ TEXTS = {
     "templates": """A prompt is a template over the notebook's variables; only {{ … }} and {% … %} are syntax.
 
 {{ df.head() }} puts in what a variable holds, as text that is never scanned again. A missing name is an error before
-anything is sent. Code and JSON pass as they are; --raw turns templates off. Tab completes variables and filters.
+anything is sent. {{ df | table(20) }} writes so many rows as a table, {{ obj | json }} an object as JSON. Code and JSON
+pass as they are; --raw turns templates off. Tab completes variables and filters; --plan shows what each takes.
 
 %%llm
 Which of these looks wrong? {% for row in rows %}
@@ -184,7 +187,13 @@ def examples(text: str) -> list[str]:
 
 def lines(forms: Sequence[tuple[str, str]]) -> str:
     """Forms and what they do, in two columns."""
-    return "\n".join(
-        (f"{form:<{COLUMN}}{what}" if len(form) < COLUMN else f"{form}\n{'':<{COLUMN}}{what}").rstrip()
-        for form, what in forms
-    )
+    return "\n".join(line for form, what in forms for line in _columns(form, what))
+
+
+def _columns(form: str, what: str) -> Iterator[str]:
+    first, *more = textwrap.wrap(what, WIDTH, break_long_words=False, break_on_hyphens=False) or [""]
+    if len(form) < COLUMN:
+        yield f"{form:<{COLUMN}}{first}".rstrip()
+    else:
+        yield from (form, f"{'':<{COLUMN}}{first}")
+    yield from (f"{'':<{COLUMN}}{each}" for each in more)
