@@ -118,7 +118,7 @@ def show(magics: LLMMagics, words: list[str]) -> None:
     history = magics.session.history
     beginning = _one(words, "%llm show [REQUEST_ID] or %llm show clear")
     if beginning == "clear":
-        removed = history.clear()
+        removed = magics.session.forget_answers()
         print(f"llmkit: {removed:,} {'answer is' if removed == 1 else 'answers are'} removed from {history.location}")
         return
     request_id = history.last or history.newest() if beginning is None else _named(magics, beginning)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,7 @@ class History:
 
     def __init__(self, opening: Callable[[], Answers]) -> None:
         self._opening = opening
+        self._lock = threading.Lock()
         self._answers: Answers | None = None
         self._said = False
         self.last: str | None = None
@@ -117,9 +119,10 @@ class History:
         Raises:
             LLMKitError: it cannot be opened.
         """
-        if self._answers is None:
-            self._answers = self._opening()
-        return self._answers
+        with self._lock:  # Tab looks in here from a thread of its own
+            if self._answers is None:
+                self._answers = self._opening()
+            return self._answers
 
     @property
     def location(self) -> str:

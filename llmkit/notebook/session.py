@@ -104,6 +104,7 @@ class Session:
             from llmkit.client import AsyncClient
 
             self._client = AsyncClient(config=self.config)
+            tape.lead(self._client)
             if self._default is not None:
                 self._client.default_is(self._default.model)
         return self._client
@@ -157,6 +158,24 @@ class Session:
 
         is_written = self.config.notebook.keep and self.config.cache.persist
         return open_answers(self.config.state_url if is_written else "memory")
+
+    def forget_answers(self) -> int:
+        """Remove what cells were answered, also what was written before a setting said not to; how many there were.
+
+        Raises:
+            LLMKitError: it cannot be removed.
+        """
+        from llmkit.state.answers import answers_path, open_answers
+
+        removed, url = self.history.clear(), self.config.state_url
+        path = answers_path(url)
+        if path is not None and self.history.location != str(path) and path.exists():
+            written = open_answers(url)
+            try:
+                removed += written.clear()
+            finally:
+                written.close()
+        return removed
 
     @property
     def cells(self) -> NotebookSettings:

@@ -19,7 +19,7 @@ from tests.notebook.test_commands import said as told
 from tests.notebook.test_magics import run
 
 
-def answers_file(tmp_path_factory=None):
+def answers_file():
     return answers.answers_path("sqlite")
 
 
@@ -213,6 +213,15 @@ def test_one_setting_keeps_it_off_the_disk(bare, folder, server, line) -> None:
     assert not answers_file().exists()
     after(bare)
     assert "no cell" in mistake(bare, "%llm show")
+
+
+def test_what_was_written_before_can_be_forgotten_when_nothing_is_written_any_more(shell, folder, server) -> None:
+    run(shell, "%%llm\na very private question")
+    (folder / "llmkit.toml").write_text(server.settings() + "[notebook]\nkeep = false\n", "utf-8")
+    after(shell)
+    run(shell, "%%llm\nanother question")
+    assert "2 answers are removed" in told(shell, "%llm show clear")
+    assert b"very private" not in b"".join(each.read_bytes() for each in answers_file().parent.glob("ledger.answers*"))
 
 
 def test_garbage_in_the_file_is_not_shown(shell) -> None:
