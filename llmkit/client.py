@@ -212,7 +212,7 @@ class AsyncClient:
         return twin
 
     async def _open(self, prompt: Any, *, stream: bool, options: dict[str, Any]) -> Reply:
-        asked, started, taping = await _checked(options), self.clock.now(), self._tape
+        asked, started, taping = await _checked(options), self.clock.now(), self.taping
         if taping is None:
             waiting = self._sent(await self._asked_call(prompt, stream, asked))
         else:
@@ -245,7 +245,11 @@ class AsyncClient:
         model = self._model_of(asked)
         if taping.replays and model == taping.default:
             model = await asyncio.to_thread(self._default_here, model)
-        return await self._sent(call.to(model=model, route=self.config.route(model)))
+        try:
+            return await self._sent(call.to(model=model, route=self.config.route(model)))
+        except LLMKitError as error:
+            error.latency_s = self.clock.now() - call.started
+            raise
 
     def _default_here(self, recorded: str) -> str:
         """The default model of a recording where it can be asked here, else that of this machine."""
@@ -333,8 +337,9 @@ class AsyncClient:
 
     def default_model(self) -> str:
         """The model used where none is named; looked for at the first call, then kept. That of a recording it replays."""
-        if self._tape is not None and self._tape.replays and self._tape.default is not None:
-            return self._tape.default
+        taping = self.taping
+        if taping is not None and taping.replays and taping.default is not None:
+            return taping.default
         if self._model is None:
             self._model = self.config.default_model().model
         return self._model
@@ -528,7 +533,15 @@ class AsyncClient:
 
     @property
     def taping(self) -> Recordist | Replay | None:
-        """What records or replays the calls of this client; None where they are only asked."""
+        """What records or replays the calls of this client; None where they are only asked.
+
+        Where it was told neither, that is what the cells of the notebook are told.
+        """
+        return self._tape if self._tape is not None else tape.of_notebook()
+
+    @property
+    def own_taping(self) -> Recordist | Replay | None:
+        """What this client itself was told to record to or to replay."""
         return self._tape
 
     @property
@@ -547,8 +560,7 @@ class AsyncClient:
         """Close connections and the ledger. Replies still arriving are aborted and settled."""
         for reply in list(self._arriving):
             await reply.aclose()
-        if self._tape is not None:
-            self._tape.finish()
+        self._turn(None)
         await self._flights.aclose()
         await self._provider.aclose()
         await self.circuits.aclose()

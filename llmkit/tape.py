@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from llmkit.errors import ConfigError
 from llmkit.lock import new_lock
@@ -17,18 +18,31 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    from llmkit.client import AsyncClient
     from llmkit.clock import Clock
     from llmkit.config import Config
     from llmkit.layers.replay import Recordist, Replay
     from llmkit.recording.file import Recording
 
-__all__ = ["RECORD", "REPLAY", "of_environment", "place", "recordist", "replay", "start_over", "told_by"]
+__all__ = [
+    "RECORD",
+    "REPLAY",
+    "lead",
+    "of_environment",
+    "of_notebook",
+    "place",
+    "recordist",
+    "replay",
+    "start_over",
+    "told_by",
+]
 
 RECORD, REPLAY = "LLMKIT_RECORD", "LLMKIT_REPLAY"
 
 _places: dict[str, Path] = {}
 _replays: dict[Path, Replay] = {}
 _guard = new_lock()
+_notebooks: WeakSet[AsyncClient] = WeakSet()
 
 
 def place(path: str | os.PathLike[str], folder: Path | None = None) -> Path:
@@ -56,6 +70,18 @@ def start_over() -> None:
     with _guard:
         _places.clear()
         _replays.clear()
+
+
+def lead(client: AsyncClient) -> None:
+    """``client`` asks what the cells of a notebook ask: other clients of the process are recorded and replayed with it."""
+    _notebooks.add(client)
+
+
+def of_notebook() -> Recordist | Replay | None:
+    """What records or replays the cells of the notebook; None where there is none, or nothing does."""
+    if not _notebooks:
+        return None
+    return next((client.own_taping for client in list(_notebooks) if client.own_taping is not None), None)
 
 
 def of_environment(config: Config, clock: Clock) -> Recordist | Replay | None:

@@ -152,7 +152,6 @@ class Recordist:
     def __init__(self, recorder: Recorder, clock: Clock, *, new: bool = False) -> None:
         self.recorder = recorder
         self.default: str | None = None
-        self._clock = clock
         known = recorder.recording.copy() if new else None
         self._known = None if known is None else Replay(recorder.path, known, recorder.scrub, clock, live=True)
         self._open = 0
@@ -190,10 +189,7 @@ class Recordist:
             try:
                 if is_kept(outcome):
                     self.recorder.scrub.look()
-                    latency_s = self._clock.now() - call.started
-                    if isinstance(outcome.error, LLMKitError):
-                        outcome.error.latency_s = latency_s
-                    self._write(call, asked, number, written(call, outcome, notes, self.recorder.scrub, latency_s))
+                    self._write(call, asked, number, written(call, outcome, notes, self.recorder.scrub))
                 else:
                     self.recorder.skip(asked, number)
             finally:

@@ -44,7 +44,7 @@ def is_kept(outcome: Outcome) -> bool:
     return outcome.reply is not None and (outcome.status == "complete" or outcome.reply.cut is not None)
 
 
-def written(call: Call, outcome: Outcome, notes: Sequence[Event], scrub: Scrub, latency_s: float) -> dict[str, Any]:
+def written(call: Call, outcome: Outcome, notes: Sequence[Event], scrub: Scrub) -> dict[str, Any]:
     """How ``call`` ended, as plain JSON: ``answer`` or ``error`` or both, ``way``, ``run``."""
     reply, trail = outcome.reply, call.trail
     told: dict[str, Any] = {}
@@ -69,7 +69,7 @@ def written(call: Call, outcome: Outcome, notes: Sequence[Event], scrub: Scrub, 
         "request_id": call.request_id,
         "started": call.started_at,
         "latency_s": None if reply is None else reply.latency_s,
-        "failed_s": None if outcome.error is None else latency_s,
+        "failed_s": getattr(outcome.error, "latency_s", None),
         "time_to_first_token_s": None if reply is None else reply.time_to_first_token_s,
         "waited_s": trail.waited_s or None,
         "provider_request_id": None if reply is None else reply.head.provider_request_id,

@@ -282,6 +282,24 @@ def test_record_replay_and_live_in_one_session(shell, folder, server, capsys) ->
     assert said_by(shell, capsys, "live").startswith("llmkit: live already")
 
 
+def test_a_client_in_a_cell_of_python_is_recorded_and_replayed_with_the_notebook(shell, folder, server) -> None:
+    before = llmkit.Client()
+    shell.run_line_magic("llm", "record calls.jsonl")
+    after = llmkit.Client()
+    with before, after:
+        texts = [before.complete("one").text, after.complete("two").text]
+    shell.run_line_magic("llm", "replay calls.jsonl")
+    sent = len(server.requests)
+    with llmkit.Client() as again:
+        assert [again.complete("one").text, again.complete("two").text] == texts
+        with pytest.raises(llmkit.ReplayMismatch):
+            again.complete("three")
+        assert len(server.requests) == sent
+        shell.run_line_magic("llm", "live")
+        again.complete("three")
+        assert len(server.requests) == sent + 1
+
+
 def test_paths_begin_at_the_notebooks_folder(shell, folder, tmp_path, monkeypatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
