@@ -7,14 +7,17 @@ import re
 import signal
 import threading
 
+import nbformat
 import pytest
 from IPython.utils.capture import capture_output
+from nbclient import NotebookClient
 
 from llmkit.errors import ConfigError, LLMKitError, TemplateError
 from llmkit.notebook.comparing import ComparisonInterrupted, TerminalGrid
 from llmkit.notebook.magics import LLMMagics
 from llmkit.testing import Fault, Simulator
 from tests.notebook.test_kernel import kernel, running  # noqa: F401 - fixtures
+from tests.notebook.test_saved import environment, nbval, sanitize  # noqa: F401 - a fixture among them
 
 TEXTS = {"a": "The quick fox.", "b": "The slow fox.", "c": "Something else entirely: cats."}
 PRICES = {"a": (1, 2), "b": (1, 9), "c": (0.1, 0.2)}
@@ -248,3 +251,20 @@ def test_a_grid_grows_in_a_frame_that_ends_empty_and_is_put_out_once(kernel, mod
     assert "aria-busy" not in final["data"]["text/html"]
     assert "The quick fox." in final["data"]["text/plain"]
     assert kernel.value("[list(grid.status), grid.text[0]]") == [["complete", "complete", "failed"], "The quick fox."]
+
+
+# -- saved -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_that_was_saved_live_passes_strict_nbval(folder, models, environment, monkeypatch) -> None:  # noqa: F811
+    (folder / "llmkit.toml").write_text(models, "utf-8")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    sources = ["%load_ext llmkit", "%%llm_compare -m a,b,c,ghost\nhi", "%%llm --repeat 2\nhi"]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(book, resources={"metadata": {"path": str(folder)}}, kernel_name="python3").execute()
+    assert book.cells[1].outputs[0]["data"] == {}
+    nbformat.write(book, folder / "saved.ipynb")
+    for display in ("live", "final"):
+        done = nbval(folder / "saved.ipynb", environment, "--nbval-sanitize-with", sanitize(), display=display)
+        assert done.returncode == 0, done.stdout
