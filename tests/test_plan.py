@@ -79,18 +79,20 @@ def test_nothing_is_sent_and_nothing_is_written(tmp_path) -> None:
             f"sqlite:///{tmp_path}/ledger.sqlite3", providers={"own": {"base_url": url}, "locked": {"base_url": url}}
         )
         with llmkit.Client(config=made, clock=clock) as asking:
+            asking.complete("older")
             asking.complete("known")
             files = ["ledger.sqlite3", "ledger.cache.sqlite3"]
             before, requests = {name: rows_of(tmp_path / name) for name in files}, len(simulator.requests)
             cache, circuits = asking._client.cache, len(list(asking.circuits))
             hits = cache.hits, cache.misses
-            used = dict(cache._entries._used)
+            used, copies = dict(cache._entries._used), list(cache._copies)
             for options in ({}, {"cache": "refresh"}, {"model": "chain"}, {"max_cost": 1e-6}, {"cache": "only"}):
-                for prompt in ("known", "unknown"):
+                for prompt in ("known", "unknown", "older"):
                     asking.plan(prompt, on_event=heard.append, **options)
             assert len(simulator.requests) == requests
             assert {name: rows_of(tmp_path / name) for name in files} == before
             assert (cache.hits, cache.misses, dict(cache._entries._used)) == (*hits, used)
+            assert list(cache._copies) == copies, "looking is no use"
             assert len(list(asking.circuits)) == circuits, "a model that was only planned for is not in use"
             assert heard == []
             assert asking._client.ledger._open_calls == {}
