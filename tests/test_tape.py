@@ -177,6 +177,30 @@ def test_what_was_retried_and_failed_is_told_again(recorded) -> None:
         assert raised.value.latency_s == broken.value.latency_s
 
 
+@pytest.mark.parametrize("key", ["plain-words-0123456789", "sk-proj-0123456789abcdefghij"])
+def test_no_key_is_in_the_file_wherever_it_was(monkeypatch, key) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    simulator = Simulator(f"your key is {key}, is it not")
+    with client(transport=simulator) as made:
+        made.record("calls.jsonl")
+        asked = {"system": f"the key {key}", "stop": f"{key}!", "extra": {"note": key, key: 1}}
+        made.complete(f"my key is {key}", **asked)
+        simulator.fail(Fault.status(400, message=f"what is {key}?"), times=1)
+        with pytest.raises(llmkit.InvalidRequest) as raised:
+            made.complete(f"again {key}", model="simulator")
+    assert key not in Path("calls.jsonl").read_text("utf-8")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with llmkit.Client(state={"url": "memory"}) as made:
+        made.replay("calls.jsonl")
+        assert made.complete(f"my key is {key}", **asked).text == "your key is [redacted], is it not"
+        with pytest.raises(llmkit.InvalidRequest):
+            made.complete(f"again {key}", model="simulator")
+        with pytest.raises(llmkit.ReplayMismatch) as mismatch:
+            made.complete(f"my key is not {key}", **asked)
+    assert raised.value.status == 400
+    assert key not in mismatch.value.block() or not key.startswith("sk-")
+
+
 def test_record_again_begins_the_count_again(recorded) -> None:
     with client("first") as made:
         made.record("calls.jsonl", overwrite=True)
