@@ -26,8 +26,12 @@ __all__ = ["Asked", "Totals", "as_html", "asked_of", "plan_all", "plan_of", "pla
 MOST_PARTS = 20
 """Expressions of a template that are shown, the dearest first."""
 
-_TABLE = "border-collapse: collapse; margin: 0.3em 0; font-variant-numeric: tabular-nums;"
+WRAPPED = 40
+"""Characters above which a cell of a table may be broken into lines."""
+
+_TABLE = "border-collapse: collapse; margin: 0 0 0.3em; font-variant-numeric: tabular-nums;"
 _CELL = "padding: 0.1em 0.9em 0.1em 0; text-align: left; vertical-align: top; white-space: pre-wrap;"
+_SHORT = "white-space: nowrap;"
 _HEAD = "font-weight: normal; color: var(--jp-ui-font-color2, inherit);"
 _BLOCK = (
     "font-family: var(--jp-ui-font-family, sans-serif); font-size: var(--jp-ui-font-size1, 0.85em); line-height: 1.6; "
@@ -245,7 +249,7 @@ def _table(section: Section) -> str:
     head = "".join(f'<th style="{_CELL} {_HEAD}">{escaped(cell)}</th>' for cell in section.head)
     lines = "".join(
         '<tr style="background: none;">'
-        + "".join(f'<td style="{_CELL}">{escaped(cell)}</td>' for cell in row)
+        + "".join(f'<td style="{_CELL} {_SHORT if len(cell) <= WRAPPED else ""}">{escaped(cell)}</td>' for cell in row)
         + "</tr>"
         for row in section.rows
     )
