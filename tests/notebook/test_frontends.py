@@ -130,6 +130,22 @@ def test_an_interrupt_of_a_wait_between_attempts_books_what_was_spent(kernel, se
     assert kernel.value("float(__import__('llmkit').Client().budgets()['held'].astype(float).sum())") == 0
 
 
+def test_an_interrupt_of_a_wait_for_room_in_a_budget(kernel, server, second) -> None:  # noqa: F811
+    step = Step()
+    server.next(said("What is held ", step, "for"))
+    for each in (kernel, second):
+        assert each.run("%llm budget user.zoe.total=0.001usd") == "ok"
+    second.send("%%llm --user zoe --max-tokens 400 --cache off\nhi")
+    second.until(with_text("What is held "))
+    kernel.send("%%llm --user zoe --max-tokens 400 --cache off\nhi there")
+    shown = kernel.until(lambda m: "zoe" in m["content"].get("data", {}).get("text/plain", ""))
+    assert "held by calls in flight" in shown["content"]["data"]["text/plain"]
+    assert interrupted(kernel) < SECOND
+    assert len(server.requests) == 1
+    step.go.set()
+    assert second.rest() == "ok"
+
+
 # -- several kernels, one store ----------------------------------------------------------------------------------------------
 
 
