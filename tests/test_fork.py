@@ -153,7 +153,7 @@ def test_a_fork_in_the_middle_of_a_stream(start, server, tmp_path) -> None:
 WHILE_A_CHILD_LIVES = """
 reply = client.stream("a stream of the parent's")
 reading, writing = os.pipe()
-child = forked(lambda: os.read(reading, 1))
+child = forked(lambda: (os.close(writing), os.read(reading, 1)))  # until told, or until the parent is gone
 reply.close()
 say(reply.outcome.status)
 sys.stdin.readline()
