@@ -184,7 +184,9 @@ def _named(magics: LLMMagics, beginning: str) -> str:
     if beginning in found:
         return beginning
     if not found:
-        raise ConfigError(f"there is no such call: no id begins with {beginning!r:.60}", next_step="%llm calls lists the newest")
+        raise ConfigError(
+            f"there is no such call: no id begins with {beginning!r:.60}", next_step="%llm calls lists the newest"
+        )
     if len(found) == 1:
         return next(iter(found))
     names = [tidy(each, limit=80) + (f" ({_when(started[each])})" if each in started else "") for each in found]
