@@ -165,7 +165,11 @@ class AsyncClient:
         return Opening(self, prompt, options)
 
     async def plan(
-        self, prompt: str | Message | Sequence[Message | Mapping[str, Any]], *, after: Sequence[Plan] = (), **options: Any
+        self,
+        prompt: str | Message | Sequence[Message | Mapping[str, Any]],
+        *,
+        after: Sequence[Plan] = (),
+        **options: Any,
     ) -> Plan:
         """What a call would take and come to; nothing is sent, held, stored or waited for. See `llmkit.Plan`.
 
@@ -230,7 +234,9 @@ class AsyncClient:
 
     def _sent(self, call: Call) -> Awaitable[Reply]:
         waiting = self._pipeline(call)
-        return settled(waiting, functools.partial(self._alerts.settled, call)) if self._alerts.are_heard(call) else waiting
+        return (
+            settled(waiting, functools.partial(self._alerts.settled, call)) if self._alerts.are_heard(call) else waiting
+        )
 
     async def _unrouted(self, prompt: Any, stream: bool, asked: Options, taping: Recordist | Replay) -> Call:
         """A call that is recorded or replayed: where it goes is looked up when it goes, so that its errors are, too."""
@@ -626,7 +632,11 @@ class Client:
         return self._bridged(self._client.complete(prompt, **options))
 
     def plan(
-        self, prompt: str | Message | Sequence[Message | Mapping[str, Any]], *, after: Sequence[Plan] = (), **options: Any
+        self,
+        prompt: str | Message | Sequence[Message | Mapping[str, Any]],
+        *,
+        after: Sequence[Plan] = (),
+        **options: Any,
     ) -> Plan:
         """See `AsyncClient.plan`."""
         return self._portal.run(self._client.plan(prompt, after=after, **options))

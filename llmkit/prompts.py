@@ -141,7 +141,9 @@ class Prompts:
             {
                 "name": pd.Series([prompt.name for prompt in kept], dtype="object"),
                 "version": pd.Series([prompt.version for prompt in kept], dtype="int64"),
-                "saved": pd.to_datetime(pd.Series([prompt.saved for prompt in kept], dtype="float64"), unit="s", utc=True),
+                "saved": pd.to_datetime(
+                    pd.Series([prompt.saved for prompt in kept], dtype="float64"), unit="s", utc=True
+                ),
                 "text": pd.Series([prompt.text for prompt in kept], dtype="object"),
                 "system": pd.Series([prompt.system for prompt in kept], dtype="object"),
                 "raw": pd.Series([prompt.raw for prompt in kept], dtype="bool"),

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from llmkit.notebook.life import Life
     from llmkit.portal import Portal
 
-__all__ = ["Interrupted", "NotShown", "ask"]
+__all__ = ["Interrupted", "NotShown", "Pace", "Progress", "ask", "draw"]
 
 log = logging.getLogger("llmkit")
 
@@ -127,7 +127,7 @@ def ask(
         Interrupted: the same, when the kernel was interrupted.
     """
     inbox = _Inbox()
-    progress = _Progress(options.get("model") or options["tier"], time.monotonic, notes)
+    progress = Progress(options.get("model") or options["tier"], time.monotonic, notes)
 
     def told(event: Event) -> None:
         if life is not None:
@@ -169,7 +169,7 @@ def ask(
     reply = progress.reply
     assert reply is not None
     try:
-        _draw(view.done, reply, progress.with_answer(reply, view))
+        draw(view.done, reply, progress.with_answer(reply, view))
     except Exception as error:
         raise NotShown(error, reply) from error
     return reply
@@ -206,7 +206,8 @@ def _deaf() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _draw(drawing: Callable[..., None], *what: Any) -> None:
+def draw(drawing: Callable[..., None], *what: Any) -> None:
+    """Call ``drawing``; an interrupt waits until it is done."""
     with _uninterrupted():
         drawing(*what)
 
@@ -230,9 +231,9 @@ class _Inbox:
         return self._unheard.get(timeout=timeout)
 
 
-def _watch(inbox: _Inbox, progress: _Progress, view: View) -> None:
+def _watch(inbox: _Inbox, progress: Progress, view: View) -> None:
     """Draw until the call has ended."""
-    pace = _Pace(time.monotonic)
+    pace = Pace(time.monotonic)
     patience = TICK_S
     while True:
         try:
@@ -249,13 +250,13 @@ def _watch(inbox: _Inbox, progress: _Progress, view: View) -> None:
             continue
         text = progress.text()
         if text:
-            _draw(view.growing, text, progress.status())
+            draw(view.growing, text, progress.status())
         elif news is False:  # a quick answer needs no status before it
-            _draw(view.waiting, progress.status())
+            draw(view.waiting, progress.status())
         pace.drawn(len(text))
 
 
-class _Pace:
+class Pace:
     """When the next drawing is due."""
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -269,7 +270,7 @@ class _Pace:
         self._next = self._now() + min(LONGEST_PAUSE_S, TICK_S * max(1.0, characters / CHARACTERS_PER_TICK))
 
 
-class _Progress:
+class Progress:
     """What is known so far of the call, in words."""
 
     def __init__(self, model: str, now: Callable[[], float], notes: Sequence[str] = ()) -> None:
@@ -350,14 +351,14 @@ class _Progress:
         return f"{self._what} {elapsed:.0f} s" if elapsed >= QUIET_S else self._what
 
 
-def _show_failure(error: LLMKitError, progress: _Progress, view: View) -> None:
+def _show_failure(error: LLMKitError, progress: Progress, view: View) -> None:
     reply = error.reply if error.reply is not None and error.reply.text else None
     with _at_best():
         if reply is None:
             whole = error.reply if error.latency_s is None else error
-            _draw(view.done, None, progress.without_answer(view, None if whole is None else whole.latency_s))
+            draw(view.done, None, progress.without_answer(view, None if whole is None else whole.latency_s))
         else:
-            _draw(view.done, reply, progress.with_answer(reply, view))
+            draw(view.done, reply, progress.with_answer(reply, view))
 
 
 @contextmanager
@@ -369,18 +370,18 @@ def _at_best() -> Iterator[None]:
         log.debug("the end of a cell could not be drawn", exc_info=True)
 
 
-def _interrupted(inbox: _Inbox, progress: _Progress, view: View) -> Interrupted:
+def _interrupted(inbox: _Inbox, progress: Progress, view: View) -> Interrupted:
     progress.hear_again(inbox.news)
     reply = progress.reply or progress.unchecked
     billed = any(attempt.maybe_billed for attempt in progress.attempts)
     if reply is None or not reply.text:
         with _at_best():
             parts = [part for part in progress.without_answer(view) if part.below or not part.warns]
-            _draw(view.done, None, [*parts, footer.Part("interrupted", warns=True)])
+            draw(view.done, None, [*parts, footer.Part("interrupted", warns=True)])
         costs = [attempt.cost_usd for attempt in progress.attempts]
         known = [cost for cost in costs if cost is not None]
         spent = sum(known[1:], known[0]) if costs and len(known) == len(costs) else None
         return Interrupted(None, spent, sent=progress.sent, billed=billed)
     with _at_best():
-        _draw(view.done, reply, progress.with_answer(reply, view, interrupted=True))
+        draw(view.done, reply, progress.with_answer(reply, view, interrupted=True))
     return Interrupted(reply, reply.cost_usd, sent=True, billed=billed)

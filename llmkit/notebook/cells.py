@@ -88,7 +88,7 @@ def _cells(text: str, shown: str) -> list[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is amiss with ids and versions does not matter here
-            notebook = nbformat.reads(text, as_version=4)
+            notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
         cells = notebook["cells"]
     except RecursionError:
         raise _no_notebook(shown, "it is nested too deeply") from None

@@ -20,8 +20,8 @@ from llmkit.events import Event
 from llmkit.money import money
 from llmkit.notebook import footer, grid
 from llmkit.notebook.arguments import parse_grid
-from llmkit.notebook.asking import TICK_S, _draw, _Pace, _Progress
-from llmkit.notebook.display import _HANDING_OVER, _Frame, _publish
+from llmkit.notebook.asking import TICK_S, draw, Pace, Progress
+from llmkit.notebook.display import HANDING_OVER, Frame, publish
 from llmkit.notebook.life import Life
 
 if TYPE_CHECKING:
@@ -235,8 +235,8 @@ def _remember(
 
 def _watch(inbox: SimpleQueue[Any], trials: Sequence[Trial], view: GridView) -> None:
     """Draw until all have ended."""
-    pace = _Pace(time.monotonic)
-    progress = {trial.number: _Progress(trial.model, time.monotonic) for trial in trials}
+    pace = Pace(time.monotonic)
+    progress = {trial.number: Progress(trial.model, time.monotonic) for trial in trials}
 
     def status(trial: Trial) -> str:
         return progress[trial.number].status() if trial.status == "answering" else "waits for its turn …"
@@ -252,7 +252,7 @@ def _watch(inbox: SimpleQueue[Any], trials: Sequence[Trial], view: GridView) -> 
             trial, news = heard
             progress[trial.number].hear(news)
         if pace.due():
-            _draw(view.growing, trials, status)
+            draw(view.growing, trials, status)
             pace.drawn(sum(len(trial.text) for trial in trials))
 
 
@@ -261,7 +261,7 @@ def _show(view: GridView, trials: Sequence[Trial], lives: Sequence[Life]) -> Non
     line = grid.summary(trials, _took(trials, lives[0].elapsed_s) if view.timings else None)
     line += footer.notes(note for life in lives for note in life.notes)
     about = {"llmkit": {"comparison": [footer.metadata(trial.reply)["llmkit"] for trial in trials if trial.reply]}}
-    _draw(view.done, cards, line, about)
+    draw(view.done, cards, line, about)
 
 
 # -- views -------------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ class FinalGrid(QuietGrid):
     timings = False
 
     def done(self, cards: Sequence[Card], line: Sequence[Part], about: dict[str, Any]) -> None:
-        _publish({"text/html": grid.as_html(cards, line), "text/plain": grid.as_text(cards, line)}, about)
+        publish({"text/html": grid.as_html(cards, line), "text/plain": grid.as_text(cards, line)}, about)
 
 
 def _took(trials: Sequence[Trial], otherwise: float) -> float:
@@ -341,7 +341,7 @@ class LiveGrid(FinalGrid):
         self._frame.empty()
 
 
-class _GridFrame(_Frame):
+class _GridFrame(Frame):
     """The frame that a single answer grows in, with a grid in it."""
 
     def draw(self, cards: Sequence[Card]) -> None:
@@ -349,7 +349,7 @@ class _GridFrame(_Frame):
         self.begin()
         if (shown, "") != self._shown:
             plain = "\n".join(f"{card.number + 1}. {card.title}: {card.status}" for card in cards)
-            self._update({"text/html": shown + _HANDING_OVER, "text/plain": plain})
+            self._update({"text/html": shown + HANDING_OVER, "text/plain": plain})
             self._shown = (shown, "")
 
 

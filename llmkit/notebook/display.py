@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmkit.notebook.footer import Part
     from llmkit.reply import Reply
 
-__all__ = ["View", "view_for"]
+__all__ = ["HANDING_OVER", "Frame", "View", "publish", "view_for"]
 
 LONGEST_DRAWN = 200_000
 """Characters of an answer up to which it is seen to grow: each drawing sends and renders all of them."""
@@ -29,7 +29,7 @@ LONGEST_DRAWN = 200_000
 # What is put out below the frame stays hidden until the frame is empty, so that the page changes in one step: neither
 # is the answer ever there twice, nor not at all. Where the page is no JupyterLab it does nothing.
 _CHILD = ".jp-OutputArea-child"
-_HANDING_OVER = (
+HANDING_OVER = (
     f'<style class="llmkit-live">{_CHILD}:has(.llmkit-live) ~ {_CHILD}:not(:has(.llmkit-live))'
     "{height:0!important;min-height:0!important;margin:0!important;padding:0!important;overflow:hidden!important}</style>"
 )
@@ -90,9 +90,9 @@ class Final:
 
     def done(self, reply: Reply | None, footer: Sequence[Part]) -> None:
         if reply is not None:
-            _publish(_bundle(reply, self._form), metadata(reply))
+            publish(_bundle(reply, self._form), metadata(reply))
         if footer:
-            _publish(_footer(footer))
+            publish(_footer(footer))
 
 
 class Live:
@@ -106,7 +106,7 @@ class Live:
 
     def __init__(self, form: str) -> None:
         self._form = form
-        self._frame = _Frame()
+        self._frame = Frame()
 
     def waiting(self, status: str) -> None:
         self._frame.show("", status)
@@ -120,13 +120,13 @@ class Live:
     def done(self, reply: Reply | None, footer: Sequence[Part]) -> None:
         self._frame.begin()  # also where nothing grew: which outputs a cell has must not depend on how quick it was
         if reply is not None:
-            _publish(_bundle(reply, self._form), metadata(reply))
+            publish(_bundle(reply, self._form), metadata(reply))
         if footer:
-            _publish(_footer(footer))
+            publish(_footer(footer))
         self._frame.empty()
 
 
-class _Frame:
+class Frame:
     """One output of a cell that is drawn anew; it begins and ends without any content."""
 
     def __init__(self) -> None:
@@ -137,12 +137,12 @@ class _Frame:
     def begin(self) -> None:
         if not self._is_there:
             self._is_there = True
-            _publish({}, transient={"display_id": self._id})
+            publish({}, transient={"display_id": self._id})
 
     def show(self, markdown: str, status: str, text: str = "") -> None:
         self.begin()
         if (markdown, status) != self._shown:
-            below = f"{status_html(status)}{_HANDING_OVER}"
+            below = f"{status_html(status)}{HANDING_OVER}"
             lines = f"{plain(text)}\n\n{status}" if text else status
             self._update({"text/markdown": f"{markdown}\n\n{below}" if markdown else below, "text/plain": lines})
             self._shown = (markdown, status)
@@ -152,7 +152,7 @@ class _Frame:
             self._update({})
 
     def _update(self, data: dict[str, str]) -> None:
-        _publish(data, transient={"display_id": self._id}, update=True)
+        publish(data, transient={"display_id": self._id}, update=True)
 
 
 class Terminal:
@@ -208,7 +208,8 @@ class Terminal:
         sys.stdout.flush()
 
 
-def _publish(data: dict[str, str], about: dict[str, Any] | None = None, **more: Any) -> None:
+def publish(data: dict[str, str], about: dict[str, Any] | None = None, **more: Any) -> None:
+    """Put out a MIME bundle, with ``about`` as its metadata."""
     from IPython.display import publish_display_data
 
     publish_display_data(data, about or {}, **more)  # type: ignore[no-untyped-call]

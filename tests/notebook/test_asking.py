@@ -10,7 +10,7 @@ from decimal import Decimal
 import pytest
 
 from llmkit.events import AlertRaised, AttemptStarted, BudgetWarning, FellBack, Waiting
-from llmkit.notebook.asking import LONGEST_PAUSE_S, _Pace, _Progress, _uninterrupted
+from llmkit.notebook.asking import LONGEST_PAUSE_S, Pace, Progress, _uninterrupted
 from llmkit.notebook.display import Quiet
 
 
@@ -24,7 +24,7 @@ class Time:
 
 def test_at_most_ten_drawings_a_second() -> None:
     time = Time()
-    pace = _Pace(time)
+    pace = Pace(time)
     drawn = 0
     for _ in range(1000):  # a second of chunks, one a millisecond
         if pace.due():
@@ -36,7 +36,7 @@ def test_at_most_ten_drawings_a_second() -> None:
 
 def test_long_texts_are_drawn_less_often() -> None:
     time = Time()
-    pace = _Pace(time)
+    pace = Pace(time)
     pace.drawn(200_000)
     time.now += 0.9
     assert not pace.due()
@@ -49,7 +49,7 @@ def test_long_texts_are_drawn_less_often() -> None:
 
 def test_a_wait_is_counted_down() -> None:
     time = Time()
-    progress = _Progress("smart", time)
+    progress = Progress("smart", time)
     assert progress.status() == "waiting for smart …"
     progress.hear(AttemptStarted("r", "openai:gpt-5", 1))
     assert progress.status() == "waiting for openai:gpt-5 …"
@@ -66,20 +66,20 @@ def test_a_wait_is_counted_down() -> None:
 
 
 def test_a_short_wait_has_no_countdown() -> None:
-    progress = _Progress("smart", Time())
+    progress = Progress("smart", Time())
     progress.hear(Waiting("r", 0.4, "openai:gpt-5 answered 503", "openai:gpt-5"))
     assert progress.status() == "openai:gpt-5 answered 503"
 
 
 def test_a_fallback_stays_visible_while_the_next_one_is_asked() -> None:
-    progress = _Progress("smart", Time())
+    progress = Progress("smart", Time())
     progress.hear(FellBack("r", "openai:gpt-5", "local:tiny", "ProviderOverloaded: answered 503"))
     progress.hear(AttemptStarted("r", "local:tiny", 2))
     assert progress.status() == "fell back from openai:gpt-5 (ProviderOverloaded); waiting for local:tiny, attempt 2 …"
 
 
 def test_warnings_and_alerts_are_kept_for_the_footer() -> None:
-    progress = _Progress("smart", Time())
+    progress = Progress("smart", Time())
     progress.hear(BudgetWarning("r", "day", "the day is used up to 85 %"))
     progress.hear(AlertRaised("r", "call", "this call cost $2", Decimal(2), Decimal(1)))
     parts = progress.without_answer(Quiet())
@@ -91,7 +91,7 @@ def test_warnings_and_alerts_are_kept_for_the_footer() -> None:
 
 
 def test_reasons_from_a_server_are_kept_short() -> None:
-    progress = _Progress("smart", Time())
+    progress = Progress("smart", Time())
     progress.hear(Waiting("r", 5.0, "x" * 10_000, "openai:gpt-5"))
     assert len(progress.status()) < 200
 

@@ -110,7 +110,7 @@ class Frontend:
 @pytest.fixture
 def frontend(monkeypatch):
     frontend = Frontend()
-    monkeypatch.setattr(display, "_publish", frontend.publish)
+    monkeypatch.setattr(display, "publish", frontend.publish)
     monkeypatch.setattr(display, "metadata", lambda reply: {})
     return frontend
 
@@ -147,7 +147,7 @@ def test_the_answer_is_there_before_the_frame_goes(frontend, monkeypatch) -> Non
     view.growing("Hello", "answering …")
     seen = []
     monkeypatch.setattr(
-        display, "_publish", lambda data, about=None, **more: seen.append((data.get("text/plain"), more))
+        display, "publish", lambda data, about=None, **more: seen.append((data.get("text/plain"), more))
     )
     view.done(answer("Hello."), FOOTER)
     assert [text for text, _ in seen] == ["Hello.", "tiny · $0", None]

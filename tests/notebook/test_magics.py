@@ -19,7 +19,7 @@ from llmkit.errors import (
     TemplateError,
 )
 from llmkit.events import AttemptStarted
-from llmkit.notebook.asking import Interrupted, _Progress
+from llmkit.notebook.asking import Interrupted, Progress
 from llmkit.notebook.display import Terminal
 from llmkit.notebook.magics import LLMMagics
 from llmkit.reply import Reply
@@ -369,16 +369,16 @@ def test_an_interrupt_before_anything_arrived(shell, server) -> None:
 @pytest.mark.parametrize("lost", [AttemptStarted, Reply])
 def test_an_interrupt_that_comes_when_a_report_is_taken_out(shell, server, monkeypatch, lost) -> None:
     """What it reported was heard by nobody then, and counts all the same."""
-    gone, hear = Gone(), _Progress.hear
+    gone, hear = Gone(), Progress.hear
 
     def interrupted(progress, news) -> None:
         if isinstance(news, lost):
-            monkeypatch.setattr(_Progress, "hear", hear)
+            monkeypatch.setattr(Progress, "hear", hear)
             assert gone.reached.wait(30)
             raise KeyboardInterrupt
         hear(progress, news)
 
-    monkeypatch.setattr(_Progress, "hear", interrupted)
+    monkeypatch.setattr(Progress, "hear", interrupted)
     server.next(said("The beginning ", gone) if lost is Reply else silent(gone))
     shown = run(shell, "%%llm a <<\nhi")
     assert isinstance(shown.error, Interrupted)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from llmkit.errors import ConfigError, SchemaMismatch
 from llmkit.events import Checking
-from llmkit.notebook.asking import Interrupted, _Progress
+from llmkit.notebook.asking import Interrupted, Progress
 from llmkit.notebook.schemas import schema_of
 from llmkit.schema import Schema
 from tests.notebook.server import Gone, said
@@ -140,14 +140,14 @@ def test_a_repair_is_said_below_the_answer(shell, server) -> None:
 
 
 def test_an_interrupt_keeps_what_had_arrived_of_an_answer_still_to_be_checked(shell, server, monkeypatch) -> None:
-    gone, seen, hear = Gone(), threading.Event(), _Progress.hear
+    gone, seen, hear = Gone(), threading.Event(), Progress.hear
 
     def heard(progress, news) -> None:
         hear(progress, news)
         if isinstance(news, Checking):
             seen.set()
 
-    monkeypatch.setattr(_Progress, "hear", heard)
+    monkeypatch.setattr(Progress, "hear", heard)
     server.next(said('{"name": ', gone))
     interrupt_at(seen)
     shown = run(shell, "%%llm x << --schema 'name'\nwho?")
