@@ -20,7 +20,7 @@ from llmkit.events import Event
 from llmkit.money import money
 from llmkit.notebook import footer, grid
 from llmkit.notebook.arguments import parse_grid
-from llmkit.notebook.asking import TICK_S, draw, Pace, Progress
+from llmkit.notebook.asking import TICK_S, Pace, Progress, draw
 from llmkit.notebook.display import HANDING_OVER, Frame, publish
 from llmkit.notebook.life import Life
 
