@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from llmkit.answer import MAX_BYTES, Answer, Unreadable
 from llmkit.models.prices import from_nanos, to_nanos
+from llmkit.money import money
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -278,7 +279,7 @@ class AnswerCache:
             await self._entries.aclose()
 
     def __repr__(self) -> str:
-        return f"<AnswerCache {self.hits} hits, {self.misses} misses, saved ${self.saved_usd:f}>"
+        return f"<AnswerCache {self.hits} hits, {self.misses} misses, saved {money(self.saved_usd)}>"
 
 
 _CACHES: weakref.WeakSet[AnswerCache] = weakref.WeakSet()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from llmkit.money import amount
@@ -26,7 +27,7 @@ def in_words(budget: BudgetSettings, cell: object = None, *, lift: str = "") -> 
     own: list[str] = []
     default: list[str] = []
     if cell is not None:
-        own.append(f"${cell} a cell (as %config says)")
+        own.append(f"{amount(Decimal(str(cell)))} a cell (as %config says)")
     elif budget.request_usd is not None:
         (own if budget.request_usd_set else default).append(f"{amount(budget.request_usd)} a request")
     if budget.request_tokens is not None:
@@ -49,7 +50,7 @@ def of_request(budget: BudgetSettings, cell: object = None) -> str:
     """What a single request may cost."""
     caps = []
     if cell is not None:
-        caps.append(f"${cell} (as %config says)")
+        caps.append(f"{amount(Decimal(str(cell)))} (as %config says)")
     elif budget.request_usd is not None:
         caps.append(amount(budget.request_usd) + ("" if budget.request_usd_set else " (by default)"))
     if budget.request_tokens is not None:

@@ -44,6 +44,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from llmkit.money import money
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
@@ -127,7 +129,7 @@ class LLMKitError(Exception):
         """The error as a person reads it: one to four short lines of plain text."""
         lines = [f"{type(self).__name__}: {self.message}"]
         if self.spent is not None:
-            spent = f"${self.spent:.6f}".rstrip("0") if self.spent else "nothing"
+            spent = money(self.spent) if self.spent else "nothing"
             more = " that was seen; the provider may bill more" if self.unseen else ""
             lines.append(f"spent: {spent}{more}")
         if self.reply is not None and self.reply.text:

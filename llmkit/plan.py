@@ -44,10 +44,11 @@ class Expectation(NamedTuple):
             return (
                 "half of --max-tokens" if self.basis == "max_tokens" else "a guess: nothing is known of this model yet"
             )
-        one = self.answers == 1
-        of = "this template" if self.basis == "template" else "this model, none of them to this template"
+        one, is_other = self.answers == 1, self.basis != "template"
+        answers = "as the one answer" if one else f"mean of the last {self.answers:,} answers"
+        other = f", {'which was not' if one else 'none of them'} to this template" if is_other else ""
         spread = "" if self.lowest == self.highest else f", {self.lowest:,} to {self.highest:,}"
-        return f"{'as the one answer' if one else f'mean of the last {self.answers:,} answers'} of {of}{spread}"
+        return f"{answers} of this {'model' if is_other else 'template'}{other}{spread}"
 
 
 class PlannedLink(NamedTuple):

@@ -16,6 +16,7 @@ from llmkit.layers.budget import Budget
 from llmkit.layers.cache import Cache
 from llmkit.layers.degraded import is_outage
 from llmkit.layers.fallback import Fallback
+from llmkit.layers.schema import most_added
 from llmkit.models import prices, tokens, windows
 from llmkit.plan import Expectation, Plan, PlannedBudget, PlannedLink
 from llmkit.reply import Usage
@@ -285,7 +286,7 @@ def _in_all(call: Call, links: tuple[PlannedLink, ...], at: float) -> Decimal | 
         worst = planned.worst_usd
         if worst is not None and call.schema is not None:  # an answer that does not fit is asked for again, with itself
             given, most = planned.most_input_tokens, planned.most_output_tokens
-            repair = prices.worst_case(link.endpoint, 2 * given + most, most, at=at)
+            repair = prices.worst_case(link.endpoint, given + most + most_added(call.schema), most, at=at)
             worst = None if repair is None else worst + repair
         if worst is None:
             return None

@@ -29,7 +29,7 @@ from llmkit.strictness import ANTHROPIC, OPENAI, references, said_in, wrapped, w
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["MAX_BYTES", "MOST_PROBLEMS", "Fit", "Misfit", "Schema"]
+__all__ = ["LONGEST_PROBLEM", "MAX_BYTES", "MOST_PROBLEMS", "Fit", "Misfit", "Schema"]
 
 MAX_BYTES = 256 * 1024
 """Of a schema as JSON: all of it goes to the model with every call."""

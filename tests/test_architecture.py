@@ -49,7 +49,6 @@ ORDER = [
         "jsontext",
         "lock",
         "markdown",
-        "money",
         "places",
         "redaction",
         "shield",
@@ -57,6 +56,7 @@ ORDER = [
         "strictness",
     },
     {"errors"},
+    {"money"},
 ]
 RANK = {part: rank for rank, parts in enumerate(reversed(ORDER)) for part in parts}
 VAGUE = {"util", "utils", "helper", "helpers", "common", "manager", "misc", "base", "core", "tools", "types"}

@@ -49,13 +49,19 @@ def test_nobody_is_told_that_nothing_was_spent_where_the_end_was_not_seen() -> N
     error.unseen = 1
     assert "spent: nothing that was seen; the provider may bill more\n" in error.block()
     error.spent = Decimal("0.01")
-    assert "spent: $0.01 that was seen; the provider may bill more\n" in error.block()
+    assert "spent: $0.0100 that was seen; the provider may bill more\n" in error.block()
 
 
 def test_a_reply_stays_in_its_process() -> None:
     error = errors.StreamBroken("cut", text_so_far="abc")
     error.reply = object()
     assert pickle.loads(pickle.dumps(error)).reply is None
+
+
+def test_an_amount_of_less_than_a_millionth_is_not_left_out() -> None:
+    error = errors.StreamBroken("cut", text_so_far="abc")
+    error.spent = Decimal("0.0000001")
+    assert "spent: $0.0000001\n" in f"{error.block()}\n"
 
 
 @pytest.mark.parametrize("error", [error for error in EACH if isinstance(error, errors.ProviderError)])

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 import llmkit
 from llmkit import errors
 from llmkit.call import digest_of
+from llmkit.layers.schema import most_added
+from llmkit.models import prices
 from llmkit.models.prices import from_nanos
 from llmkit.plan import Expectation, Plan, PlannedLink
 from llmkit.planner import NEWEST, USUAL_OUTPUT
+from llmkit.schema import Schema
 from llmkit.testing import FakeClock, Fault, Simulator
 
 PRICE = {"input": 1, "output": 2}
@@ -459,6 +462,17 @@ def test_the_worst_of_all_attempts_stays_within_the_cap() -> None:
     both = sum(link.worst_usd for link in plan.links)
     assert plan.worst_in_all_usd == 3 * both
     assert capped.worst_in_all_usd == Decimal("0.0005")
+
+
+def test_the_worst_of_a_schema_bounds_its_repair_and_all_that_may_be_wrong() -> None:
+    schema = Schema.of("name, age int")
+    with client(retry={"attempts": 1}) as asking:
+        plan = asking.plan("hi", schema=schema, max_tokens=100)
+        (link,) = asking.config.route("m")
+    first = plan.link
+    repair = first.most_input_tokens + first.most_output_tokens + most_added(schema)
+    at_worst = prices.worst_case(link.endpoint, repair, first.most_output_tokens, at=NOON)
+    assert plan.worst_in_all_usd == first.worst_usd + at_worst
 
 
 def test_an_impossible_call_is_an_error_and_no_plan() -> None:

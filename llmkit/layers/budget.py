@@ -389,7 +389,7 @@ class Budget:
         if not prices.is_known(endpoint, at=at):
             if call.max_cost_is_default and scope == "request":
                 return None  # nobody asked for this cap; the reply says that its cost is unknown
-            message = f"the price of {endpoint.name} is unknown, so a cap of ${cap} could not be kept"
+            message = f"the price of {endpoint.name} is unknown, so a cap of {amount(cap)} could not be kept"
             raise PriceUnknown(message, model=endpoint.name)
         left = cap - (call.trail.spent or Decimal(0))
         terms: dict[str, Any] = {
@@ -411,8 +411,8 @@ class Budget:
         if affordable is None or affordable < least:
             needed = prices.worst_case(endpoint, counted, least, **terms) or Decimal(0)
             raise BudgetExceeded(
-                f"{endpoint.name} could cost ${needed:.6f} for {counted} tokens in and {least} out; "
-                f"the {'link' if scope == 'link' else 'request'}'s cap leaves ${max(left, Decimal(0)):.6f} of ${cap}",
+                f"{endpoint.name} could cost {_exactly(needed)} for {counted} tokens in and {least} out; "
+                f"the {scope}'s cap leaves {_exactly(max(left, Decimal(0)))} of {amount(cap)}",
                 scope=scope,
                 limit=cap,
                 needed=needed,
@@ -488,6 +488,11 @@ def _words(unit: str) -> Callable[..., str]:
     if unit == "usd":
         return lambda nanos, whole=False: (amount if whole else money)(prices.from_nanos(nanos))
     return lambda count, whole=False: f"{count:,}{' tokens' if not whole else ''}" if count != 1 else "1 token"
+
+
+def _exactly(usd: Decimal) -> str:
+    """To the nano-dollar, rounded up: of two amounts that differ by little, a person must see which is more."""
+    return amount(prices.from_nanos(prices.to_nanos(usd)))
 
 
 def _amount(unit: str, number: int) -> Decimal | int:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from llmkit.call import Message
 from llmkit.errors import LLMKitError, SchemaMismatch
 from llmkit.events import Checking, Repairing, emit
+from llmkit.models import tokens
+from llmkit.schema import LONGEST_PROBLEM, MOST_PROBLEMS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,11 +24,12 @@ if TYPE_CHECKING:
     from llmkit.reply import Reply
     from llmkit.schema import Schema
 
-__all__ = ["SchemaCheck"]
+__all__ = ["SchemaCheck", "most_added"]
 
 LONGEST_REPEATED = 100_000
 """Characters of an answer up to which it is sent back to be repaired. A longer one is asked for by its problems alone."""
 
+WIDEST = "\U0010ffff"  # of all characters, in UTF-8
 QUICK = 50_000  # characters; reading more is done on a thread
 _FREE = frozenset({"cache", "coalesced"})
 _CUT = frozenset({"length", "max_tokens"})
@@ -122,12 +125,20 @@ async def _repaired(call: Call, call_next: CallNext, reply: Reply, problems: Seq
 
 def _correction(call: Call, text: str, problems: Sequence[str]) -> tuple[Message, ...]:
     assert call.schema is not None
+    asked = _asked_again(call.schema, problems)
+    return (asked,) if len(text) > LONGEST_REPEATED else (Message("assistant", text), asked)
+
+
+def _asked_again(schema: Schema, problems: Sequence[str]) -> Message:
     listed = "\n".join(f"- {problem}" for problem in problems)
     # With the schema once more: a server may have ignored it where it was told by a field of the request.
-    asked = f"That answer does not fit:\n{listed}\n\nAnswer again, mended. {call.schema.instruction}"
-    if len(text) > LONGEST_REPEATED:
-        return (Message("user", asked),)
-    return (Message("assistant", text), Message("user", asked))
+    return Message("user", f"That answer does not fit:\n{listed}\n\nAnswer again, mended. {schema.instruction}")
+
+
+def most_added(schema: Schema) -> int:
+    """Input tokens that no correction exceeds, beside those of the question and of the answer that it repeats."""
+    problems = [WIDEST * LONGEST_PROBLEM] * MOST_PROBLEMS
+    return tokens.upper_bound((Message("assistant", ""), _asked_again(schema, problems)))
 
 
 def _mismatch(

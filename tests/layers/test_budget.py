@@ -68,6 +68,17 @@ def test_a_worst_case_over_the_cap_is_refused_before_anything_is_sent() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("cap, said", [("1E-7", "$0.0000001"), ("0.01299999", "$0.01299999")])
+def test_a_refusal_says_its_amounts_as_people_write_them_and_to_their_last_digit(cap, said) -> None:
+    async def main() -> None:
+        cent = {"prompt": "one two three", "params": Params(max_tokens=10), "max_cost_usd": Decimal(cap)}
+        _, raised, _, _ = await ask(WORDS, **cent)
+        assert "could cost $0.013 for" in raised.message
+        assert f"the request's cap leaves {said} of {said}" in raised.message
+
+    run(main)
+
+
 def test_a_worst_case_that_just_fits_is_sent() -> None:
     async def main() -> None:
         reply, raised, _, below = await ask(

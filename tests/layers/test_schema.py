@@ -13,8 +13,9 @@ import llmkit
 from llmkit import errors
 from llmkit.call import Message
 from llmkit.events import AttemptStarted, Checking, Repairing
-from llmkit.layers.schema import LONGEST_REPEATED, SchemaCheck
-from llmkit.schema import Schema
+from llmkit.layers.schema import LONGEST_REPEATED, SchemaCheck, most_added
+from llmkit.models import tokens
+from llmkit.schema import LONGEST_PROBLEM, MOST_PROBLEMS, Misfit, Schema
 from llmkit.testing import FakeClock, Fault, Simulator
 from tests.layers.script import HANG, Script, call_for, chain, outcomes, run
 
@@ -115,6 +116,21 @@ def test_an_answer_that_does_not_fit_twice_is_an_error_with_its_text() -> None:
         assert len(script.calls) == 2
         with pytest.raises(ValueError, match="does not fit its schema"):
             _ = raised.reply.data
+
+    run(main)
+
+
+def test_no_correction_adds_more_than_a_plan_allows_for() -> None:
+    def picky(_):
+        raise Misfit(["\U0001f600" * LONGEST_PROBLEM] * MOST_PROBLEMS)
+
+    async def main() -> None:
+        schema = Schema("answer", SCHEMA.shape, picky)
+        script, _, raised, _ = await asked([BAD], [BAD], schema=schema)
+        assert isinstance(raised, errors.SchemaMismatch)
+        first, second = script.calls
+        added = tokens.upper_bound(second.messages) - tokens.upper_bound(first.messages) - len(BAD)
+        assert 4 * LONGEST_PROBLEM * MOST_PROBLEMS < added <= most_added(schema)
 
     run(main)
 

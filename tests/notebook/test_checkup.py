@@ -57,6 +57,12 @@ def test_no_key_is_shown_wherever_it_stands(shell, capsys, monkeypatch) -> None:
     assert "secret" not in out
 
 
+@pytest.mark.parametrize("cost, named", [("0.0000001", "$0.0000001"), ("'0.1'", "$0.10")])
+def test_what_a_cell_may_cost_is_said_as_people_write_it(shell, cost, named) -> None:
+    shell.run_cell(f"%config LLMMagics.max_cost = {cost}")
+    assert of(shell, "caps")[0][1].startswith(f"{named} a cell (as %config says)")
+
+
 def test_what_config_says_is_named(shell, capsys) -> None:
     shell.run_cell("%config LLMMagics.max_cost = 0.25\n%llm use deaf")
     assert of(shell, "config") == [("ok", "max_cost = 0.25, model = 'deaf'")]

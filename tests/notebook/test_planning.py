@@ -71,7 +71,7 @@ def test_what_the_template_came_to_before_is_expected(shell) -> None:
     text, _ = block(shell, "%%llm --plan\nsay {{ word }}")
     assert "output: as the one answer of this template" in text
     text, _ = block(shell, "%%llm --plan\nsay it: {{ word }}")
-    assert "of this model, none of them to this template" in text
+    assert "output: as the one answer of this model, which was not to this template" in text
 
 
 def test_the_cache_is_asked_and_says_what_it_would_save(shell, server) -> None:
