@@ -7,7 +7,6 @@ memory. The oldest go first. What a record holds is its maker's matter; here it 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from concurrent.futures import Future
 from functools import partial
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from llmkit.errors import StoreError
 from llmkit.state.damage import aside, files, is_damage, move_aside
 from llmkit.state.database import Database
-from llmkit.state.store import fitting_text, ledger_path
+from llmkit.state.store import fitting_text, is_in_own_folder, path_beside
 
 if TYPE_CHECKING:
     import sqlite3
@@ -96,8 +95,7 @@ class Answers(Protocol):
 
 def answers_path(url: str) -> Path | None:
     """The file that belongs to the ledger at ``url``; None where nothing is kept in files."""
-    path = ledger_path(url)
-    return None if path is None else path.with_name(f"{path.stem}.answers.sqlite3")
+    return path_beside(url, "answers")
 
 
 def open_answers(url: str) -> Answers:
@@ -110,7 +108,7 @@ def open_answers(url: str) -> Answers:
     path = answers_path(url)
     if path is None:
         return MemoryAnswers()
-    return SQLiteAnswers(path, private_folder=url == "sqlite" and "LLMKIT_DATA_DIR" not in os.environ)
+    return SQLiteAnswers(path, private_folder=is_in_own_folder(url))
 
 
 class MemoryAnswers:

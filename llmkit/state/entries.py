@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +18,7 @@ from llmkit.lock import new_lock
 from llmkit.state.damage import aside, files, is_damage, move_aside
 from llmkit.state.database import Database
 from llmkit.state.shared import Contents
-from llmkit.state.store import fitting_text, ledger_path
+from llmkit.state.store import fitting_text, is_in_own_folder, path_beside
 
 if TYPE_CHECKING:
     import sqlite3
@@ -85,8 +84,7 @@ _ROWS_A_SWEEP = 256
 
 def cache_path(url: str) -> Path | None:
     """The file of answers that belongs to the ledger at ``url``; None where nothing is kept in files."""
-    path = ledger_path(url)
-    return None if path is None else path.with_name(f"{path.stem}.cache.sqlite3")
+    return path_beside(url, "cache")
 
 
 def open_entries(url: str, *, max_bytes: int, clock: Clock) -> Entries:
@@ -99,8 +97,7 @@ def open_entries(url: str, *, max_bytes: int, clock: Clock) -> Entries:
     path = cache_path(url)
     if path is None:
         return MemoryEntries(max_bytes=max_bytes, clock=clock)
-    private = url == "sqlite" and "LLMKIT_DATA_DIR" not in os.environ
-    return SQLiteEntries(path, max_bytes=max_bytes, clock=clock, private_folder=private)
+    return SQLiteEntries(path, max_bytes=max_bytes, clock=clock, private_folder=is_in_own_folder(url))
 
 
 class MemoryEntries:

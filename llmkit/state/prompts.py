@@ -6,14 +6,13 @@ what has been kept is on the disk before the call that saved it goes on.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from llmkit.errors import StoreError
 from llmkit.state.database import Database
-from llmkit.state.store import ledger_path
+from llmkit.state.store import is_in_own_folder, path_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -157,8 +156,7 @@ class _Memory:
 
 def prompts_path(url: str) -> Path | None:
     """The file of prompts that belongs to the ledger at ``url``; None where nothing is kept in files."""
-    path = ledger_path(url)
-    return None if path is None else path.with_name(f"{path.stem}.prompts.sqlite3")
+    return path_beside(url, "prompts")
 
 
 def open_prompts(url: str) -> PromptStore:
@@ -171,14 +169,13 @@ def open_prompts(url: str) -> PromptStore:
     path = prompts_path(url)
     if path is None:
         return PromptStore(_Memory())
-    private = not url.startswith("sqlite:///") and "LLMKIT_DATA_DIR" not in os.environ
     return PromptStore(
         Database(
             path,
             migrations=MIGRATIONS,
             application_id=APPLICATION_ID,
             what="store of prompts",
-            private_folder=private,
+            private_folder=is_in_own_folder(url),
             settings=_SETTINGS,
         )
     )

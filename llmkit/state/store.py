@@ -41,9 +41,11 @@ __all__ = [
     "fitting",
     "fitting_account",
     "fitting_text",
+    "is_in_own_folder",
     "is_redis",
     "ledger_path",
     "open_store",
+    "path_beside",
 ]
 
 FILE_NAME = "ledger.sqlite3"
@@ -400,6 +402,21 @@ def ledger_path(url: str) -> Path | None:
     return path if path.is_absolute() else Path("/") / path
 
 
+def path_beside(url: str, kind: str) -> Path | None:
+    """The file of ``kind`` (``cache``, ``answers`` …) that belongs to the ledger at ``url``; None where it has no file.
+
+    Raises:
+        ConfigError: there is no such store.
+    """
+    path = ledger_path(url)
+    return None if path is None else path.with_name(f"{path.stem}.{kind}.sqlite3")
+
+
+def is_in_own_folder(url: str) -> bool:
+    """Whether the files at ``url`` are in a folder that is llmkit's own, not one that somebody chose."""
+    return not url.startswith("sqlite:///") and "LLMKIT_DATA_DIR" not in os.environ
+
+
 def _shown(url: str) -> str:
     """A URL that is not understood may hold a password."""
     scheme, mark, rest = url.partition("://")
@@ -420,4 +437,4 @@ def open_store(url: str) -> Store:
         return MemoryStore()
     from llmkit.state.sqlite import SQLiteStore
 
-    return SQLiteStore(path, private_folder=not url.startswith("sqlite:///") and "LLMKIT_DATA_DIR" not in os.environ)
+    return SQLiteStore(path, private_folder=is_in_own_folder(url))
