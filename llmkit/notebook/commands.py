@@ -137,6 +137,9 @@ def _budget(magics: LLMMagics, words: list[str]) -> None:
     head = ""
     if words:
         session.client.set_budgets(**budgets.read(words))
+        if session.taping is not None:  # what is spent and left differs where it is replayed
+            print(f"llmkit: {' '.join(words)} set for this session; %llm budget shows what is left")
+            return
         head = "set for this session; to keep it, write it to [budget] in llmkit.toml\n\n"
     print(head + budgets.table(_budgets(magics), session.budget, magics.max_cost))
 
@@ -215,13 +218,13 @@ def _use(magics: LLMMagics, words: list[str]) -> None:
     if not model:
         raise ConfigError("which model?", next_step="%llm use MODEL[,FALLBACK…]; %llm models lists them")
     taping = magics.session.taping
-    if taping is not None and taping.replays:  # what is replayed needs no model that is known here
-        magics.model = model
-        print(f"llmkit: model {model} · {recording.in_words(taping)}")
-        return
-    links = magics.session.config.route(model)
+    # What is replayed needs no model that is known here.
+    links = [] if taping is not None and taping.replays else magics.session.config.route(model)
     magics.model = model
-    print(f"llmkit: model {' → '.join(link.endpoint.name for link in links)} · {_caps(magics)}")
+    if taping is not None:
+        print(f"llmkit: model {model}")  # all that is the same where it is recorded and where it is replayed
+    else:
+        print(f"llmkit: model {' → '.join(link.endpoint.name for link in links)} · {_caps(magics)}")
 
 
 # -- circuits --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,8 @@ CELLS = [
     "%%llm\nWhat is {{ thing }} in {{ home }}?",
     "print([a.request_id, a.latency_s, a.time_to_first_token_s, a.attempts, [c.text for c in a.chunks]])",
     "print([b.source, b.saved_usd, b.cost_usd, b.usage, b.finish_reason, b.call.trail.warnings])",
+    "%llm use deaf,tiny",  # which need not exist where it is replayed
+    "%llm budget session=2usd",
 ]
 HOME = "from pathlib import Path; home = str(Path.home())"
 
@@ -180,45 +183,35 @@ def calls_in(folder):
     return int(done.stdout)
 
 
-@pytest.mark.parametrize("mode", ["live", "final"])
-def test_a_notebook_is_replayed_by_the_environment_as_it_is_and_nbval_is_green(tmp_path, mode) -> None:
+def test_a_notebook_is_replayed_by_the_environment_as_it_is_and_nbval_is_green(pair, tmp_path) -> None:
     """Without a change to any cell: the very one that records is replayed, the first line and ``%llm record`` included."""
-    (tmp_path / "here").mkdir()
-    here = Here(tmp_path / "here", mode)
-    try:
-        book = ran(notebook("%llm record calls.jsonl"), here.folder, here.env)
-    finally:
-        here.close()
+    book, _, near, _, mode = pair
     far = tmp_path / "there"
     env = there(far, mode, LLMKIT_REPLAY="calls.jsonl")
-    shutil.copy(here.folder / "calls.jsonl", far)
+    shutil.copy(near / "calls.jsonl", far)
     again = ran(notebook("%llm record calls.jsonl"), far, env)
     assert json.dumps([cell.outputs for cell in again.cells]) == json.dumps([cell.outputs for cell in book.cells])
     nbformat.write(book, far / "book.ipynb")
-    assert_nbval_is_green(far, env, len(book.cells))
     changed = (far / "book.ipynb").read_text("utf-8").replace("retry, please", "retry, would you")
-    (far / "book.ipynb").write_text(changed, "utf-8")
-    done = nbval(far, env)
-    assert "book.ipynb::Cell 5" in done.stdout
-    assert f"1 failed, {len(book.cells) - 1} passed" in done.stdout
+    (far / "changed.ipynb").write_text(changed, "utf-8")
+    done = nbval(far, env, "book.ipynb", "changed.ipynb")
+    assert re.findall(r"^FAILED (\S+)", done.stdout, re.MULTILINE) == ["changed.ipynb::Cell"]
+    assert "changed.ipynb::Cell 5" in done.stdout
+    assert f"1 failed, {2 * len(book.cells) - 1} passed" in done.stdout
 
 
-def nbval(folder, env):
-    command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "-q", "book.ipynb"]
+def nbval(folder, env, *books):
+    command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "-q", *books]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=100)
-
-
-def assert_nbval_is_green(folder, env, cells):
-    done = nbval(folder, env)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{cells} passed" in done.stdout
 
 
 def test_a_replayed_notebook_passes_nbval_on_what_it_was_saved_with(pair) -> None:
     _, replayed, _, far, mode = pair
     nbformat.write(replayed, far / "book.ipynb")
     env = {**machine(far / mode, mode), "PYTHONPATH": os.pathsep.join([str(far / "site"), ROOT])}
-    assert_nbval_is_green(far, env, len(replayed.cells))
+    done = nbval(far, env, "book.ipynb")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"{len(replayed.cells)} passed" in done.stdout
 
 
 def test_personal_data_is_left_out_where_that_is_asked_for_and_the_questions_are_found(tmp_path) -> None:
