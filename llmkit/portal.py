@@ -175,7 +175,8 @@ async def _ended() -> None:
     await _cancelled()
     loop = asyncio.get_running_loop()
     await loop.shutdown_asyncgens()  # the transport closes its connections there
-    await loop.shutdown_default_executor()
+    with contextlib.suppress(RuntimeError):  # Python 3.12.0 and 3.12.1 start no thread while they end
+        await loop.shutdown_default_executor()
 
 
 _shared: tuple[int, Portal] | None = None
