@@ -103,16 +103,17 @@ class Replay:
 
     def _mismatch(self, asked: Asked) -> ReplayMismatch:
         name = self.path.name
+        missing = f"this question is not in {name}" + (", whose last line is cut off" if self.recording.torn else "")
         near = nearest(self._scrub.tree(asked.form), self.recording.takes.values())
-        step = f"record it: %llm record {name}; or ask for real what was not recorded: %llm replay {name} --live"
+        step = f"record it: %llm record {name} --new; or ask for real what was not recorded: %llm replay {name} --live"
         if not self.recording.takes:
             return ReplayMismatch(f"nothing is recorded in {name}", next_step=step)
         if near is None:
-            return ReplayMismatch(f"this question is not in {name}, nor one that is like it", next_step=step)
+            return ReplayMismatch(f"{missing}, nor is one that is like it", next_step=step)
         was, now = near.lines
-        where = f"nearest is call {near.place} of {near.of}, {near.alike:.0%} of its words alike; first difference: {near.where}"
+        where = f"nearest is call {near.place} of {near.of}, {near.alike:.0%} alike; first difference: {near.where}"
         difference = f"{where}\n- recorded: {was}\n+ asked:    {now}"
-        return ReplayMismatch(f"this question is not in {name}", difference=difference, next_step=step)
+        return ReplayMismatch(missing, difference=difference, next_step=step)
 
 
 async def replayed(told: Told, call: Call, clock: Clock) -> Reply:

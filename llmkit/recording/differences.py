@@ -18,6 +18,10 @@ __all__ = ["Nearest", "nearest"]
 
 _MOST_COMPARED = 12  # recorded questions, those with the most words in common
 _MOST_WORDS = 1_500  # of a text that are compared
+_ALIKE_IN_CHARACTERS = 0.5  # any two texts have some in common
+_FEW_WORDS = 20
+_MOST_READ = 8_000_000  # characters of all recorded questions, to choose those that are compared
+_FEWEST_READ = 400  # of one of them
 _PLACE = re.compile(f"{MARK}([a-z]+(?: \\d+)?){MARK}")
 _BEFORE, _AFTER = 30, 50  # characters shown round a difference
 _LEAST_ALIKE = 0.3  # below it, no prompt is near
@@ -41,23 +45,44 @@ class Nearest(NamedTuple):
 def nearest(form: Mapping[str, Any], takes: Iterable[Take]) -> Nearest | None:
     """The recorded question nearest to ``form``, which is scrubbed as the recorded ones are; None where none is near."""
     known = list(takes)
+    most = max(_FEWEST_READ, _MOST_READ // (len(known) or 1))
+    bag = _features(form, most)
+    rough = sorted(range(len(known)), key=lambda index: -_in_common(bag, _features(known[index].asked, most)))
     words = _words(form)
-    bag = set(words)
-    rough = sorted(range(len(known)), key=lambda index: -_in_common(bag, set(_words(known[index].asked))))
-    best: tuple[float, int] | None = None
+    best: tuple[float, float, int] | None = None
     for index in rough[:_MOST_COMPARED]:
         other = known[index].asked
-        alike = SequenceMatcher(None, words, _words(other), autojunk=False).ratio()
+        alike = _alike(words, _words(other))
         same = sum(form.get(name) == other.get(name) for name in {*form, *other})
         score = alike + 0.001 * same  # of two alike prompts, the one that was asked in the same way
         if alike >= _LEAST_ALIKE and (best is None or score > best[0]):
-            best = (score, index)
+            best = (score, alike, index)
     if best is None:
         return None
-    index = best[1]
+    _, alike, index = best
     where, lines = _first(form, known[index].asked)
-    alike = SequenceMatcher(None, words, _words(known[index].asked), autojunk=False).ratio()
     return Nearest(index + 1, len(known), alike, where, lines)
+
+
+def _alike(words: list[str], other: list[str]) -> float:
+    """From 0 to 1, in words; of short texts, where a word is much, in characters if that is more."""
+    alike = SequenceMatcher(None, words, other, autojunk=False).ratio()
+    if max(len(words), len(other)) > _FEW_WORDS:
+        return alike
+    in_characters = SequenceMatcher(None, " ".join(words), " ".join(other), autojunk=False).ratio()
+    return max(alike, in_characters) if in_characters >= _ALIKE_IN_CHARACTERS else alike
+
+
+def _features(form: Mapping[str, Any], most: int) -> set[str]:
+    """What a rough look compares: the words of the beginning and the end, and of a short text its groups of letters."""
+    half = most // 2
+    text = "\n".join(_raw(message) for message in _messages(form))
+    text = text if len(text) <= most else f"{text[:half]} {text[-half:]}"
+    found = text.split()
+    if len(found) <= _FEW_WORDS:
+        short = text[: 20 * _FEW_WORDS]
+        found += [short[at : at + 2] for at in range(len(short) - 1)]
+    return set(found)
 
 
 def _in_common(bag: set[str], other: set[str]) -> float:
@@ -78,9 +103,12 @@ def _messages(form: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _text(message: Mapping[str, Any]) -> str:
     """Its text, with what differs from machine to machine as words."""
+    return _PLACE.sub(r"[\1]", Neutral().out_of(_raw(message)))
+
+
+def _raw(message: Mapping[str, Any]) -> str:
     content = message.get("content")
-    text = "\n".join(_part(each) for each in content) if isinstance(content, list) else str(content)
-    return _PLACE.sub(r"[\1]", Neutral().out_of(text))
+    return "\n".join(_part(each) for each in content) if isinstance(content, list) else str(content)
 
 
 def _part(part: Any) -> str:

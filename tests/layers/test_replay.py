@@ -382,13 +382,13 @@ def test_a_changed_prompt_shows_the_first_difference_and_the_nearest(tmp_path) -
     error = mismatch(tmp_path, recorded, {"prompt": text.replace("one line", "two lines")})
     lines = error.block().splitlines()
     assert lines[0] == "ReplayMismatch: this question is not in calls.jsonl"
-    assert lines[1].startswith("nearest is call 2 of 2, 8")
+    assert lines[1].startswith("nearest is call 2 of 2, 97% alike; ")
     assert lines[1].endswith("first difference: the user message, line 2, column 12")
     assert lines[2] == "- recorded: …marise this table.⏎Keep it to one line, please, and say what stands out."
     assert lines[3] == "+ asked:    …marise this table.⏎Keep it to two lines, please, and say what stands out."
     assert (
         lines[4]
-        == "next: record it: %llm record calls.jsonl; or ask for real what was not recorded: %llm replay calls.jsonl --live"
+        == "next: record it: %llm record calls.jsonl --new; or ask for real what was not recorded: %llm replay calls.jsonl --live"
     )
 
 
@@ -417,9 +417,46 @@ def test_what_is_not_the_prompt_is_shown_as_well(tmp_path, asked, where, was, no
     assert lines[1:] == [f"- recorded: {was}", f"+ asked:    {now}"]
 
 
+@pytest.mark.parametrize(
+    ("was", "now"), [("hello", "hallo"), ("Capital of France?", "capital of france"), ("猫は何", "犬は何")]
+)
+def test_a_short_prompt_has_a_nearest_too(tmp_path, was, now) -> None:
+    others = [{"prompt": f"{number} quite other words"} for number in range(20)]
+    lines = mismatch(tmp_path, [*others, {"prompt": was}], {"prompt": now}).difference.splitlines()
+    assert lines[0].startswith("nearest is call 21 of 21, ")
+    assert lines[1:] == [f"- recorded: {was}", f"+ asked:    {now}"]
+
+
+def test_many_long_prompts_are_looked_through_by_their_ends(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("llmkit.recording.differences._MOST_READ", 4_000)
+    long = " ".join(f"word{number}" for number in range(2_000))
+    recorded = [{"prompt": f"{long[:9_000]} {number} {long}"} for number in range(20)]
+    recorded.append({"prompt": f"the only one that begins so {long} and that ends so"})
+    error = mismatch(tmp_path, recorded, {"prompt": f"the only one that begins so {long} and that ends thus"})
+    assert error.difference.startswith(
+        "nearest is call 21 of 21, 100% alike; first difference: the user message, line 1"
+    )
+
+
+def test_that_a_recording_was_cut_off_is_said_when_a_question_is_missing(tmp_path) -> None:
+    path = tmp_path / "calls.jsonl"
+
+    async def main() -> None:
+        clock = FakeClock()
+        layer = recording(path, clock)
+        for prompt in ("first", "second"):
+            await (await layer(call_for(clock, prompt=prompt), Script(clock, "a"))).read()
+        layer.finish()
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(errors.ReplayMismatch, match=r"not in calls\.jsonl, whose last line is cut off"):
+            await replaying(path, clock)(call_for(clock, prompt="second"), nothing_below)
+
+    run(main)
+
+
 def test_nothing_alike_and_nothing_at_all(tmp_path) -> None:
     assert mismatch(tmp_path, [{"prompt": "cats"}], {"prompt": "dogs"}).message == (
-        "this question is not in calls.jsonl, nor one that is like it"
+        "this question is not in calls.jsonl, nor is one that is like it"
     )
     (tmp_path / "empty").mkdir()
     assert mismatch(tmp_path / "empty", [], {"prompt": "dogs"}).message == "nothing is recorded in calls.jsonl"
