@@ -64,11 +64,15 @@ class AttemptEnded(Event):
 
 @dataclass(frozen=True, slots=True)
 class Waiting(Event):
-    """The call waits ``seconds`` before its next attempt, because of ``reason``."""
+    """The call waits ``seconds`` before its next attempt, because of ``reason``.
+
+    ``for_room``: until others give back what they hold of a budget, and ``seconds`` is the longest that this may take.
+    """
 
     seconds: float
     reason: str
     endpoint: str
+    for_room: bool = False
 
 
 @dataclass(frozen=True, slots=True)

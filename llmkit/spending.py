@@ -222,7 +222,7 @@ def summary(frame: pd.DataFrame, by: str, since: str) -> str:
     spent, saved = (round(Decimal(str(frame[name].sum())), 9) for name in ("cost_usd", "saved_usd"))
     parts = [f"{money(spent)} for {calls:,} call{'' if calls == 1 else 's'}, by {by}, last {since}"]
     if saved:
-        parts.append(f"{money(saved)} saved by the cache and by calls that shared an answer")
+        parts.append(f"{money(saved)} saved by cached and shared answers")
     if unpriced:
         parts.append(f"the price of {unpriced:,} attempt{'' if unpriced == 1 else 's'} is unknown")
     return "; ".join(parts)

@@ -262,7 +262,7 @@ def test_a_summary(books) -> None:
     books.call(NOW, saved=10_000_000)
     books.call(NOW, ("other", None))
     assert summary(books.spend("day"), "day", "30d") == (
-        "$1.23 for 3 calls, by day, last 30d; $0.0100 saved by the cache and by calls that shared an answer; "
+        "$1.23 for 3 calls, by day, last 30d; $0.0100 saved by cached and shared answers; "
         "the price of 1 attempt is unknown"
     )
     assert summary(books.spend("tag"), "tag", "30d") == "by tag, last 30d; a call counts for each of its tags"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Callable, Sequence
 
-__all__ = ["FORMATS", "CellLine", "GridLine", "documented", "parse", "parse_grid", "parser_of"]
+__all__ = ["FORMATS", "CellLine", "GridLine", "parse", "parse_grid", "parser_of"]
 
 FORMATS = ("markdown", "text", "json", "code", "html")
 MOST_REPEATS = 100
@@ -25,9 +25,10 @@ MOST_REPEATS = 100
 DESCRIPTION = """%%llm [NAME <<] [options]
 
 Ask a model; the rest of the cell is the prompt. The answer streams into the cell.
-{{ name }} and {% … %} are filled in from the notebook's own variables (Jinja); all other braces stay as they are.
+{{ name }} and {% … %} are filled in from the notebook's own variables (Jinja);
+all other braces stay as they are.
 
-Example::
+Example:
 
     %%llm answer << -m gpt-5-mini -t 0 --max-cost 0.01
     What stands out in this table? {{ df.head() }}
@@ -35,11 +36,12 @@ Example::
 
 GRID_DESCRIPTION = """%%llm_compare [NAME <<] [options]
 
-Ask one prompt of several models, at several temperatures, in several versions, all at once; the rest of the cell is the
-prompt, and a template, as in %%llm. The answers stream in side by side; cheapest and fastest are marked, and where they
-differ from the first. The variable holds a DataFrame, one row an answer.
+Ask one prompt of several models, at several temperatures, in several versions, all at once; the
+rest of the cell is the prompt, and a template, as in %%llm. The answers stream in side by side;
+cheapest and fastest are marked, and where they differ from the first. The variable holds a
+DataFrame, one row an answer.
 
-Example::
+Example:
 
     %%llm_compare grid << -m gpt-5-mini,claude-haiku-4-5,local -t 0,0.7 --max-cost 0.01
     Explain backpressure in two sentences.
@@ -235,8 +237,8 @@ def _with_options(parser: _Parser, without: frozenset[str] = frozenset()) -> _Pa
     add("--no-stream", action="store_true", help="ask for the answer in one piece. --no-stream")
     add("--raw", action="store_true", help="no template: {{ and {%% stay as they are. --raw")
     add(
-        "--help",
         "-h",
+        "--help",
         action="store_true",
         help=f"show this, and ask nothing. %{parser.prog.replace('%', '%%')[1:]} --help",
     )
@@ -245,7 +247,7 @@ def _with_options(parser: _Parser, without: frozenset[str] = frozenset()) -> _Pa
 
 # What a comparison has several of, has none of, or counts otherwise.
 _NOT_AS_IN_A_CELL = frozenset(
-    {"-m", "-t", "--tier", "--chat", "--schema", "--repeat", "--save", "--with", "--format", "--max-cost"}
+    {"-m", "-t", "-o", "--tier", "--chat", "--schema", "--repeat", "--save", "--with", "--format", "--max-cost"}
 )
 
 
@@ -257,6 +259,7 @@ def _grid_parser() -> _Parser:
     add("-m", "--model", type=several, metavar="MODELS", help=models)
     numbers = converted("-t", _numbers, "numbers with commas between")
     add("-t", "--temperature", type=numbers, metavar="NUMBERS", help="several temperatures, 0 to 2 each. -t 0,0.7")
+    add("-o", "--output", metavar="NAME", help="variable for the DataFrame, as NAME << does. -o grid")
     kept = converted("--with", _names, "names with commas between")
     versions = "prompts that were kept, or versions of one; may be repeated. --with summary@1,summary@2"
     add("--with", action="append", type=kept, metavar="NAMES", dest="saved", help=versions)
@@ -273,13 +276,6 @@ _GRID_PARSER = _grid_parser()
 def parser_of(magic: str) -> _Parser:
     """What reads the line of ``%%llm`` or ``%%llm_compare``, named without the percent signs."""
     return {"llm": _PARSER, "llm_compare": _GRID_PARSER}[magic]
-
-
-def documented(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let ``%%llm?``, or the one of that name, show every option."""
-    parser = _GRID_PARSER if function.__name__ == "compare" else _PARSER
-    function.__doc__ = parser.format_help()
-    return function
 
 
 def parse(line: str) -> CellLine:

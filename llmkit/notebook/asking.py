@@ -281,6 +281,7 @@ class Progress:
         self._since = self._began
         self._what = f"waiting for {tidy(model, limit=100)} …"
         self._until: float | None = None
+        self._then = ""
         self._before = ""
 
     def _forget(self) -> None:
@@ -314,6 +315,7 @@ class Progress:
         elif isinstance(news, Waiting):
             self._tell(tidy(news.reason, limit=160))
             self._until = self._now() + news.seconds if news.seconds >= SHOWN_WAIT_S else None
+            self._then = "waiting for room, at most" if news.for_room else "retrying in"
         elif isinstance(news, FellBack):
             self._before = f"fell back from {news.endpoint} ({news.reason.partition(':')[0]}); "
             self._tell(f"{self._before}waiting for {news.to} …")
@@ -346,7 +348,7 @@ class Progress:
     def status(self) -> str:
         if self._until is not None:
             left = max(0, math.ceil(self._until - self._now()))
-            return f"{self._what}; retrying in {left} s"
+            return f"{self._what}; {self._then} {left} s"
         elapsed = self._now() - self._since
         return f"{self._what} {elapsed:.0f} s" if elapsed >= QUIET_S else self._what
 

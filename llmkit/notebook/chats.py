@@ -131,7 +131,8 @@ class Chats:
         if later < 1:
             return []
         turns = f"{later} later turn{' is' if later == 1 else 's are'} left out"
-        return [f"the chat {name} goes on from turn {kept + 1}; {turns} (%llm chat {name} undo brings them back)"]
+        back = "it" if later == 1 else "them"
+        return [f"the chat {name} goes on from turn {kept + 1}; {turns} (%llm chat {name} undo brings {back} back)"]
 
     def add(self, name: str, messages: str | list[Message], reply: Reply, place: Place, system: str | None) -> None:
         """An answer has come, whole, to what `messages` gave."""

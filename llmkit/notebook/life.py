@@ -192,7 +192,9 @@ _WORDS: dict[type[events.Event], Callable[[Any], str]] = {
     events.Settled: _settled,
     events.AttemptStarted: lambda event: f"attempt {event.number}: sent to {event.endpoint}",
     events.AttemptEnded: _ended,
-    events.Waiting: lambda event: f"waiting {event.seconds:.1f} s: {event.reason}",
+    events.Waiting: lambda event: (
+        f"waiting {'for room, at most ' * event.for_room}{event.seconds:.1f} s: {event.reason}"
+    ),
     events.BudgetWarning: lambda event: f"budget: {event.message}",
     events.AlertRaised: lambda event: f"alert: {event.message}",
     events.CircuitChanged: lambda event: f"circuit of {event.endpoint}: from {event.before} to {event.after}",

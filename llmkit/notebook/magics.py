@@ -14,10 +14,11 @@ from traitlets import Bool, Enum, Float, Int, TraitError, Unicode, Union, observ
 
 from llmkit.call import CACHE_MODES, TIERS
 from llmkit.errors import ConfigError, LLMKitError
-from llmkit.notebook.arguments import FORMATS, documented, parse
+from llmkit.notebook.arguments import FORMATS, parse
 from llmkit.notebook.bodies import allow_empty
 from llmkit.notebook.budgets import in_words
 from llmkit.notebook.chats import Chats, here, with_next_step
+from llmkit.notebook.manual import documented
 from llmkit.notebook.registration import Kept, changed_settings, complete, handle_errors, register, take_back
 from llmkit.notebook.session import MODES, Session, display_mode
 

@@ -6,24 +6,35 @@ what is neither has a text here. The tables of ``docs/notebook.md`` are made of 
 
 from __future__ import annotations
 
-import difflib
 import re
 import textwrap
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit.errors import ConfigError
 from llmkit.notebook import arguments
 
 if TYPE_CHECKING:
     from argparse import Action
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from llmkit.notebook.magics import LLMMagics
 
-__all__ = ["COLUMN", "Option", "examples", "help_text", "lines", "options", "run", "text_of", "topics"]
+__all__ = [
+    "COLUMN",
+    "Option",
+    "documented",
+    "examples",
+    "help_text",
+    "lines",
+    "options",
+    "run",
+    "text_of",
+    "topics",
+    "usage",
+]
 
-COLUMN = 35
-WIDTH = 80  # of what stands beside it
+COLUMN = 32
+WIDTH = 66  # of what stands beside it: together they fit a cell of a window that is 1,000 pixels wide
 MAGICS = ("llm", "llm_compare")
 
 _BESIDE = (
@@ -36,9 +47,10 @@ _BESIDE = (
 TEXTS = {
     "templates": """A prompt is a template over the notebook's variables; only {{ … }} and {% … %} are syntax.
 
-{{ df.head() }} puts in what a variable holds, as text that is never scanned again. A missing name is an error before
-anything is sent. {{ df | table(20) }} writes so many rows as a table, {{ obj | json }} an object as JSON. Code and JSON
-pass as they are; --raw turns templates off. Tab completes variables and filters; --plan shows what each takes.
+{{ df.head() }} puts in what a variable holds, as text that is never scanned again. A missing
+name is an error before anything is sent. {{ df | table(20) }} writes so many rows as a table,
+{{ obj | json }} an object as JSON. Code and JSON pass as they are; --raw turns templates off.
+Tab completes variables and filters; --plan shows what each takes.
 
 %%llm
 Which of these looks wrong? {% for row in rows %}
@@ -47,26 +59,30 @@ Which of these looks wrong? {% for row in rows %}
 
 %%llm answer << -t 0
 
-str(answer) is the text; answer.json() the parsed object, answer.data the validated one (--schema); answer.usage,
-answer.cost_usd, answer.attempts say what it took, answer.request_id is its key in the ledger (%llm why, %llm show).""",
+str(answer) is the text; answer.json() the parsed object, answer.data the validated one
+(--schema); answer.usage, answer.cost_usd, answer.attempts say what it took, answer.request_id
+is its key in the ledger (%llm why, %llm show).""",
     "chats": """Nothing is remembered between cells, unless --chat NAME asks for it.
 
-A cell that is run again takes its turn anew: the chat goes on from there, and later turns are left out (%llm chat NAME
-undo brings them back). A cell that fails or is interrupted adds no turn. -s in a later cell replaces the system prompt
-from that turn on. A chat lives in the kernel.
+A cell that is run again takes its turn anew: the chat goes on from there, and later turns are
+left out (%llm chat NAME undo brings them back). A cell that fails or is interrupted adds no
+turn. -s in a later cell replaces the system prompt from that turn on. A chat lives in the
+kernel.
 
 %%llm --chat trip
 Where to in the spring?
 
 %llm chat trip""",
-    "settings": """Settings come from llmkit.toml (or [tool.llmkit] in pyproject.toml), then LLMKIT_* variables, then
-%config LLMMagics, then the line of the cell; the later wins. A bare %config LLMMagics lists what can be set there.
+    "settings": """Settings come from llmkit.toml (or [tool.llmkit] in pyproject.toml), then LLMKIT_* variables,
+then %config LLMMagics, then the line of the cell; the later wins. A bare %config LLMMagics
+lists what can be set there.
 
 %config LLMMagics.temperature = 0
 %llm use gpt-5-mini,local
 %llm budget day=2usd""",
-    "errors": """An error is one short block: what happened, what was spent, what to do next. The cell fails, so "Run all"
-stops. What had arrived is kept: in the variable, and for %llm show. %llm why tells what the call went through.
+    "errors": """An error is one short block: what happened, what was spent, what to do next. The cell fails, so
+"Run all" stops. What had arrived is kept: in the variable, and for %llm show. %llm why tells
+what the call went through.
 
 %config LLMMagics.traceback = True""",
 }
@@ -102,6 +118,22 @@ def _metavar(action: Action) -> str:
     return action.metavar if isinstance(action.metavar, str) else action.dest.upper()
 
 
+def usage(magic: str) -> str:
+    """All that the line of ``%%llm`` or ``%%llm_compare`` may say, with an example of each option."""
+    rows = []
+    for option in options(magic):
+        rows.append((f"  {option.form}", option.what))
+        if option.form not in option.examples:  # which then says nothing more
+            rows.append(("", f"e.g. {', '.join(option.examples)}"))
+    return f"{(arguments.parser_of(magic).description or '').strip()}\n\nOptions:\n\n{lines(rows)}\n"
+
+
+def documented(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``%%llm?``, or the one of that name, show every option."""
+    function.__doc__ = usage("llm_compare" if function.__name__ == "compare" else "llm")
+    return function
+
+
 # -- topics ------------------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +153,7 @@ def help_text() -> str:
     from llmkit.notebook.commands import commands
 
     forms = [form for command in commands().values() for form in command.forms]
-    more = f"%llm help TOPIC says more: a command, an option (--schema), or {', '.join(TEXTS)}"
+    more = f"%llm help TOPIC says more: a command, an option (--schema), or\n{', '.join(TEXTS)}"
     return f"{lines([*forms, *_BESIDE])}\n\n{more}"
 
 
@@ -154,10 +186,12 @@ def text_of(topic: str) -> str:
     if name in TEXTS:
         return TEXTS[name]
     if name.lstrip("%") in MAGICS:
-        return arguments.parser_of(name.lstrip("%")).format_help()
+        return usage(name.lstrip("%"))
     found = list(_of_option(name))
     if found:
         return "\n\n".join(found)
+    import difflib
+
     known = topics()
     near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(f"--{name.lstrip('-')}", known, 1)
     hint = f"; did you mean %llm help {near[0]}?" if near else ""

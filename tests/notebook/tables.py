@@ -29,7 +29,8 @@ def words(text):
 def options(magic):
     rows = ["| option | | example |", "|---|---|---|"]
     if magic in manual.MAGICS:
-        rows.append(f"| `NAME <<` | variable for the reply | {code(f'%%{magic} answer << …')} |")
+        held, name = ("DataFrame", "grid") if magic == "llm_compare" else ("reply", "answer")
+        rows.append(f"| `NAME <<` | variable for the {held} | {code(f'%%{magic} {name} << …')} |")
     for option in manual.options(magic):
         rows.append(f"| {code(option.form)} | {words(option.what)} | {', '.join(map(code, option.examples))} |")
     return rows

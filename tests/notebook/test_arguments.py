@@ -98,19 +98,6 @@ def test_what_is_wrong_is_said_in_one_error(line, message) -> None:
     assert caught.value.next_step
 
 
-def test_the_help_shows_every_option_with_an_example() -> None:
-    @arguments.documented
-    def function() -> None:
-        pass
-
-    for action in arguments._PARSER._actions:
-        names = [name for name in action.option_strings if name in function.__doc__]
-        assert names == action.option_strings
-        assert any(f"{name} " in action.help or action.help.endswith(name) for name in names), action.help
-    assert "%%llm answer << -m gpt-5-mini" in function.__doc__
-    assert "{{ df.head() }}" in function.__doc__
-
-
 # -- the line of a comparison ------------------------------------------------------------------------------------------
 
 

@@ -65,6 +65,16 @@ def test_a_wait_is_counted_down() -> None:
     assert progress.status() == "waiting for openai:gpt-5, attempt 2 …"
 
 
+def test_a_wait_for_room_in_a_budget_is_no_retry() -> None:
+    time = Time()
+    progress = Progress("smart", time)
+    full = "session: $0 of $1 spent, $0.90 held by calls in flight"
+    progress.hear(Waiting("r", 119.5, full, "openai:gpt-5", for_room=True))
+    assert progress.status() == f"{full}; waiting for room, at most 120 s"
+    progress.hear(Waiting("r", 3.0, "openai:gpt-5 answered 503", "openai:gpt-5"))
+    assert progress.status().endswith("answered 503; retrying in 3 s")
+
+
 def test_a_short_wait_has_no_countdown() -> None:
     progress = Progress("smart", Time())
     progress.hear(Waiting("r", 0.4, "openai:gpt-5 answered 503", "openai:gpt-5"))

@@ -72,6 +72,13 @@ def test_a_cell_that_is_run_again_takes_its_turn_anew(cells, shell, server) -> N
     assert "left out none" in mistake(shell, "%llm chat trip undo")
 
 
+def test_one_turn_that_is_left_out_is_brought_back_as_one(cells) -> None:
+    for name in "ab":
+        cells(name, f"%%llm --chat trip\n{name}")
+    note = "1 later turn is left out (%llm chat trip undo brings it back)"
+    assert note in cells("a", "%%llm --chat trip\nc").stdout
+
+
 def test_the_last_cell_again_says_nothing_of_turns(cells, shell) -> None:
     cells("c1", "%%llm --chat trip\nquestion 1")
     shown = cells("c1", "%%llm --chat trip\nquestion one")

@@ -221,7 +221,7 @@ def test_a_report_says_what_was_spent_and_saved(shell) -> None:
     run(shell, "%%llm --user ana --tag app=docs\nhi")
     head, _, names, row = said(shell, "%llm report user").splitlines()
     assert head == (
-        "$0.000017 for 2 calls, by user, last 30d; $0.000017 saved by the cache and by calls that shared an answer"
+        "$0.000017 for 2 calls, by user, last 30d; $0.000017 saved by cached and shared answers"
     )
     assert names.split()[:4] == ["user", "calls", "attempts", "input"]
     assert row.split() == ["ana", "2", "1", "7", "5", "$0.000017", "$0.000017"]

@@ -78,6 +78,7 @@ MADE = Attempt(
             ),
         ),
         (events.Waiting("r", 2.0, "busy", "a:b"), "waiting 2.0 s: busy"),
+        (events.Waiting("r", 9.0, "full", "a:b", for_room=True), "waiting for room, at most 9.0 s: full"),
         (events.CircuitChanged("r", "a:b", "closed", "open"), "circuit of a:b: from closed to open"),
         (events.BudgetWarning("r", "day", "80 %"), "budget: 80 %"),
         (

@@ -60,7 +60,17 @@ def test_help_of_the_magics_is_what_their_question_mark_shows(shell) -> None:
         assert shown.strip() == manual.text_of(f"%%{magic}").strip()
         for option in manual.options(magic):
             assert option.form.split(",")[0].split()[0] in shown
-    assert "--max-cost" in inspect.getdoc(LLMMagics.ask)
+        for action in arguments.parser_of(magic)._actions:
+            assert all(name in shown for name in action.option_strings)
+    assert "e.g. --max-cost 0.01" in inspect.getdoc(LLMMagics.ask)
+    assert "%%llm answer << -m gpt-5-mini" in inspect.getdoc(LLMMagics.ask)
+
+
+@pytest.mark.parametrize("topic", ["", "%%llm", "%%llm_compare", *sorted(manual.TEXTS)])
+def test_help_fits_a_cell_and_has_no_marks_of_another_format(topic) -> None:
+    text = manual.text_of(topic) if topic else manual.help_text()
+    assert max(map(len, text.split("\n"))) <= manual.COLUMN + manual.WIDTH
+    assert not [mark for mark in ("::", "%%%", "<K=V>", "{use,") if mark in text]
 
 
 def test_help_asks_nothing(shell, server) -> None:
