@@ -189,7 +189,7 @@ def _of_text(text: str) -> Picture:
     if not host or "@" in host:
         why = "holds a name or a password, which the provider would get to see" if host else "names no host"
         raise ConfigError(f"the URL of the picture {why}")
-    return Picture(text)
+    return Picture(f"{scheme.lower()}{text[len(scheme) :]}")
 
 
 def _decoded(text: str, name: str) -> bytes:
@@ -223,7 +223,17 @@ def _too_large(path: str | bytes) -> bytes:
 
 
 def _all_of(file: Any) -> bytes:
-    data = file.read(MOST_BYTES + 1)
+    """All that an open file holds, wherever it was read or written last; it is left as it was, for the next run."""
+    try:
+        if not (callable(getattr(file, "seekable", None)) and file.seekable()):
+            data = file.read(MOST_BYTES + 1)
+        else:
+            before = file.tell()
+            file.seek(0)
+            data = file.read(MOST_BYTES + 1)
+            file.seek(before)
+    except (OSError, ValueError) as error:  # such as a closed one
+        raise ConfigError(f"the file cannot be read: {tidy(str(error), limit=200)}") from None
     if not isinstance(data, bytes):
         raise ConfigError("the file is open as text", next_step='open it with "rb"')
     return data

@@ -9,6 +9,7 @@ the schema one that this dialect cannot say.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NamedTuple
 
 __all__ = ["ANTHROPIC", "OPENAI", "Dialect", "references", "said_in", "wrapped", "wrapper_of"]
@@ -26,6 +27,7 @@ _NOTED = frozenset(
     {"default", "examples", "format", "pattern", "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum",
      "exclusiveMaximum", "multipleOf", "minItems", "maxItems", "uniqueItems", "minProperties", "maxProperties"}
 )  # fmt: skip
+_LOOKING_AROUND = re.compile(r"\(\?<?[=!]")
 _FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"})
 
 
@@ -133,6 +135,8 @@ class _Writer:
         return _alone(written)
 
     def _is_taken(self, name: str, value: Any) -> bool:
+        if name == "pattern" and isinstance(value, str) and _LOOKING_AROUND.search(value):
+            return False  # an expression that services refuse, and the whole schema with it
         return name in _KEPT or (name in self._dialect.keeps and (name != "format" or value in _FORMATS))
 
     def _nested(self, name: str, value: Any, written: dict[str, Any], depth: int) -> None:

@@ -168,3 +168,12 @@ def test_what_fits_a_dialect_without_notes_fits_the_schema(said) -> None:
         if form is not None:
             schema.read(instance(form))
             assert json.dumps(form).count('"additionalProperties": false') == json.dumps(form).count('"properties"')
+
+
+@pytest.mark.parametrize("pattern", ["^(?!x)a$", "a(?=b)", "(?<=a)b", "(?<!a)b"])
+def test_a_pattern_that_looks_around_is_only_noted(pattern) -> None:
+    """OpenAI refuses the whole schema for it."""
+    written = said_in(OPENAI, of(a={"type": "string", "pattern": pattern}, b={"type": "string", "pattern": "(?:a)"}))
+    assert written is not None
+    assert written["properties"]["a"] == {"type": "string", "description": f"(pattern: {json.dumps(pattern)})"}
+    assert written["properties"]["b"] == {"type": "string", "pattern": "(?:a)"}

@@ -41,7 +41,7 @@ def why(magics: LLMMagics, words: list[str]) -> None:
     beginning = _one(words, "%llm why [REQUEST_ID]")
     request_id = _last_call(magics) if beginning is None else _named(magics, beginning)
     if request_id is None:
-        raise ConfigError("there is no such call in the ledger", next_step="%llm calls lists the newest")
+        raise ConfigError("no call has been made yet", next_step="%%llm asks; %llm calls lists the newest")
     print(_life(magics, request_id))
 
 
@@ -87,9 +87,8 @@ def _ended(row: dict[str, Any] | None, kept: Kept | None) -> list[str]:
     if kept is None:
         lines.append("  not asked by a cell, or not kept any longer: the above is what the ledger knows")
     elif not kept.is_whole:
-        lines.append(
-            f"  {tidy(kept.ending, limit=40)}; {len(kept.answer):,} characters of the answer are kept: %llm show"
-        )
+        arrived = f"{len(kept.answer):,} characters of the answer are kept" if kept.answer else "no answer came"
+        lines.append(f"  {tidy(kept.ending, limit=40)}; {arrived}: %llm show")
     elif kept.footer:
         lines.append(f"  shown as: {as_text([part for part in kept.footer if not part.below])}")
     return lines

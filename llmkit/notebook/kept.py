@@ -230,7 +230,8 @@ def _ending(reply: Reply | None, error: BaseException | None, *, interrupted: bo
     if interrupted:
         return "interrupted"
     if error is not None:
-        return "broken off" if reply is not None and reply.text else "failed"
+        is_whole = reply is not None and reply.outcome is not None and reply.outcome.status == "complete"
+        return "broken off" if reply is not None and reply.text and not is_whole else "failed"
     return "cut" if reply is not None and reply.cut is not None else "complete"
 
 

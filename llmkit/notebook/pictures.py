@@ -31,19 +31,23 @@ def pictures(expressions: Sequence[str], *namespaces: Mapping[str, Any]) -> tupl
         ConfigError: one of them is nothing that there is, or no picture that could be sent; what was tried is said.
     """
     names = {name: value for namespace in namespaces for name, value in namespace.items()}
-    return Picture.all_of([_picture(expression.strip(), names) for expression in expressions])
+    return Picture.all_of([each for expression in expressions for each in _pictures(expression.strip(), names)])
 
 
-def _picture(expression: str, names: dict[str, Any]) -> Picture:
+def _pictures(expression: str, names: dict[str, Any]) -> Sequence[Picture]:
+    """One; several where a variable holds a list of them."""
     value = _in_notebook(expression, names)
     if value is not _MISSING:
         try:
-            return Picture.of(value)
+            found = Picture.all_of(value)
         except ConfigError as error:
             raise ConfigError(f"--image {_shown(expression)}: {error.message}", next_step=error.next_step) from error
+        if not found:
+            raise ConfigError(f"--image {_shown(expression)}: the list is empty")
+        return found
     if expression[:5].lower() != "data:" and "://" not in expression and not _is_file(expression):
         raise _nowhere(expression, names)
-    return Picture.of(expression)
+    return (Picture.of(expression),)
 
 
 def _in_notebook(expression: str, names: dict[str, Any]) -> Any:
@@ -64,7 +68,9 @@ def _in_notebook(expression: str, names: dict[str, Any]) -> Any:
         if is_path and not any(isinstance(each, ast.Call) for each in ast.walk(tree)):
             return _MISSING
         what = tidy(f"{type(error).__name__}: {error}", limit=200)
-        raise ConfigError(f"--image {_shown(expression)}: {what}") from error
+        bare = isinstance(error, NameError) and "[" in expression
+        step = "quotes inside need quotes around: --image \"pages['first']\"" if bare else None
+        raise ConfigError(f"--image {_shown(expression)}: {what}", next_step=step) from error
 
 
 def _is_file(path: str) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["schema_of"]
 
 _NAMED = re.compile(r"(?:list\[(?P<inside>[^\[\]]+)\]|(?P<name>.+))", re.DOTALL)
+_ANNOTATIONS = frozenset({"Annotated", "Literal", "Optional", "Union", "dict", "set", "tuple"})
 _NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
@@ -35,7 +36,7 @@ def schema_of(text: str, names: Sequence[Mapping[str, Any]]) -> Schema:
     match = _NAMED.fullmatch(said)
     name = (match["inside"] or match["name"]).strip() if match else ""
     if not _NAME.fullmatch(name) or said.lower().endswith(".json"):
-        return Schema.of(text)
+        return _of_text(text, names)
     first, *rest = name.split(".")
     holder = next((each for each in reversed(names) if first in each), None)
     if holder is not None:
@@ -52,6 +53,22 @@ def schema_of(text: str, names: Sequence[Mapping[str, Any]]) -> Schema:
         f"--schema {name:.60}: there is no such variable{hint}",
         next_step=f"define it in a cell before; if it is to be the one field: --schema '{name:.40} str'",
     )
+
+
+def _of_text(text: str, names: Sequence[Mapping[str, Any]]) -> Schema:
+    """What is no name; an annotation such as ``Cat | Dog`` is not run, but how to say it is said."""
+    words = set(re.findall(r"[^\W\d]\w*", text)) if "[" in text or "|" in text else set()
+    classes = {each for mapping in names for each, value in mapping.items() if isinstance(value, type)}
+    step = f"a variable can hold it: Answer = {' '.join(text.split()):.60}; then --schema Answer"
+    match = _NAMED.fullmatch(text.strip())
+    if match and match["inside"] and words & classes:  # in short, it would be a list of the words themselves
+        raise ConfigError(f"--schema {text:.60}: only one class can stand in the brackets", next_step=step)
+    try:
+        return Schema.of(text)
+    except ConfigError as error:
+        if words & (classes | _ANNOTATIONS):
+            error.next_step = step
+        raise
 
 
 def _attribute(value: Any, path: Sequence[str], name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llmkit.notebook.values import Unwritable, attributes_of, fields_of, instance_of, plain, written
 
-__all__ = ["LONGEST_CELL", "MOST_COLUMNS", "MOST_ROWS", "csv", "grid", "has_plain_index", "table"]
+__all__ = ["LONGEST_CELL", "MOST_COLUMNS", "MOST_ROWS", "csv", "distinct", "grid", "has_plain_index", "table"]
 
 MOST_ROWS = 100
 MOST_COLUMNS = 50
@@ -157,6 +157,18 @@ def grid(frame: Any) -> tuple[list[str], list[list[Any]]]:
     if index.nlevels == 1 and index.name is None:
         outer = ["index"]
     return [*outer, *names], [*(index.get_level_values(level).tolist() for level in levels), *columns]
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """``names``, and none of them twice: the second ``a`` is ``a (2)``; an object would keep only the last of them."""
+    found: dict[str, None] = {}
+    for name in names:
+        number, each = 1, name
+        while each in found:
+            number += 1
+            each = f"{name} ({number})"
+        found[each] = None
+    return list(found)
 
 
 def _name(column: Any) -> str:

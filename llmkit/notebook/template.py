@@ -98,10 +98,15 @@ _WRITTEN = "\0written"
 
 def _compiled(text: str) -> tuple[Template, list[str]]:
     """The template, and the source of each of its expressions."""
+    import jinja2
     from jinja2 import nodes
 
     sandbox = _sandbox()
     tree = sandbox.parse(text)
+    others = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+    if other := next((node for node in _in_order(tree) if isinstance(node, others)), None):
+        tag = type(other).__name__.lower().removeprefix("from")
+        raise jinja2.TemplateSyntaxError(f"{tag}: a prompt takes in no other file", other.lineno)
     outputs = [output for output in _in_order(tree) if isinstance(output, nodes.Output)]
     lines: list[int] = []
     for output in outputs:

@@ -239,9 +239,10 @@ class _Plain:
             if value.index.is_unique:
                 return self.of(dict(zip(value.index.tolist(), value.tolist(), strict=True)), depth + 1)
             value = value.to_frame()
-        from llmkit.notebook.tables import grid
+        from llmkit.notebook.tables import distinct, grid
 
         names, columns = grid(value)
+        names = distinct(names)
         rows = zip(*columns, strict=True) if columns else ()
         return [self.of(dict(zip(names, row, strict=True)), depth + 1) for row in rows]
 

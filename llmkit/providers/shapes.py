@@ -25,7 +25,7 @@ _MOST = 512
 # its model keep to the shape.
 _NAMED = re.compile(
     r"response_?(?:format|schema)|json_?schema|json schema|failed to (?:generate|validate) json|output_config|output_format|output format|structured[ _]outputs?"
-    r"|guided|grammar", re.IGNORECASE)  # fmt: skip
+    r"|guided|grammar|schemas? (?:is|are|contains?) too", re.IGNORECASE)  # fmt: skip
 _THE_SCHEMA = re.compile(r"schema|grammar", re.IGNORECASE)
 
 

@@ -115,7 +115,7 @@ def test_why_without_an_id_is_the_last_of_this_kernel(shell) -> None:
 
 
 def test_why_knows_when_there_is_nothing_to_tell(shell) -> None:
-    assert "no such call" in mistake(shell, "%llm why")
+    assert "no call has been made yet" in mistake(shell, "%llm why")
     assert "no such call" in mistake(shell, "%llm why ffffffffffff")
     assert "has no place" in mistake(shell, "%llm why a b")
 
@@ -251,3 +251,12 @@ def test_what_an_answer_holds_does_nothing_to_a_terminal(shell, server) -> None:
     run(shell, "%%llm\nhi \x1b[2J")
     assert "\x1b" not in told(shell, "%llm show")
     assert "\x1b" not in told(shell, "%llm why")
+
+
+def test_a_whole_answer_that_does_not_fit_was_not_broken_off(shell, server) -> None:
+    server.next(said("no"), said("never"))
+    run(shell, "%%llm --schema 'name'\nwho?")
+    assert "  failed; 5 characters of the answer are kept: %llm show" in told(shell, "%llm why")
+    server.next(refused(401))
+    run(shell, "%%llm\nhi")
+    assert "  failed; no answer came: %llm show" in told(shell, "%llm why")

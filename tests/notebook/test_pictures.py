@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 from pathlib import Path
 
@@ -200,3 +201,29 @@ def test_no_file_of_a_session_holds_a_picture(shell, folder, server) -> None:
     assert {path.name for path in books} >= {"calls.jsonl", "ledger.sqlite3"}
     needle = base64.b64encode(data)[600:660]
     assert [path for path in books if needle in (held := path.read_bytes()) or data[600:640] in held] == []
+
+
+def test_an_open_file_is_the_same_picture_in_each_run() -> None:
+    written = io.BytesIO()
+    written.write(png(6, 7))  # as savefig leaves it: at its end
+    for _ in range(2):
+        assert sizes("written", written=written) == [(6, 7)]
+    assert written.tell() == len(written.getvalue())
+    written.close()
+    assert "cannot be read" in failure("written", written=written)
+
+
+def test_a_list_is_all_of_its_pictures() -> None:
+    pages = [png(1, 1), png(2, 2)]
+    assert sizes("pages", "pages[0]", pages=pages) == [(1, 1), (2, 2), (1, 1)]
+    assert "the list is empty" in failure("pages", pages=[])
+
+
+def test_quotes_that_the_line_takes_away_are_named() -> None:
+    with pytest.raises(ConfigError, match="NameError") as caught:
+        pictures(["pages[first]"], {"pages": {"first": png(1, 1)}})
+    assert caught.value.next_step == "quotes inside need quotes around: --image \"pages['first']\""
+
+
+def test_a_scheme_in_capitals_is_sent_as_services_take_it() -> None:
+    assert [picture.url for picture in pictures(["HTTPS://Example.com/A.png"], {})] == ["https://Example.com/A.png"]

@@ -154,3 +154,13 @@ def test_an_interrupt_keeps_what_had_arrived_of_an_answer_still_to_be_checked(sh
     assert isinstance(shown.result.error_in_exec, Interrupted)
     assert shell.user_ns["x"].text == '{"name": '
     assert gone.left.wait(30)
+
+
+@pytest.mark.parametrize("text", ["list[Person|Other]", "Person | Other", "Optional[Person]", "dict[str, int]"])
+def test_an_annotation_is_not_read_as_words(text) -> None:
+    """`list[Person|Other]` in short would be a list of the words Person and Other, and paid for."""
+    with pytest.raises(ConfigError) as raised:
+        schema_of(text, ({"Person": Person, "Other": type("Other", (BaseModel,), {})},))
+    assert raised.value.next_step == f"a variable can hold it: Answer = {text}; then --schema Answer"
+    assert schema_of("list[good|bad]", ({"Person": Person},)).read('["good"]') == ["good"]
+    assert schema_of("answer", ({"answer": Person | None},)).read("null") is None

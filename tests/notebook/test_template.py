@@ -277,3 +277,10 @@ def test_a_missing_name_is_named_before_any_filter_sees_it() -> None:
     for name in ("table", "json", "csv", "tokens", "truncate_tokens(3)"):
         assert failure(f"{{{{ tabel | {name} }}}}", table=1).name == "tabel"
     assert failure("{{ [tabel] }}", table=1).name == "tabel"
+
+
+@pytest.mark.parametrize("tag", ["include 'x'", "import 'x' as y", "from 'x' import y", "extends 'x'"])
+def test_other_files_are_not_taken_in(tag) -> None:
+    with pytest.raises(TemplateError, match=r"line 2 of the prompt: .*a prompt takes in no other file") as caught:
+        render(f"first\n{{% {tag} %}}")
+    assert "--raw" in caught.value.next_step

@@ -227,3 +227,8 @@ def test_nothing_heavy_is_loaded_to_write_plain_values() -> None:
         "print(sorted({'pandas', 'numpy', 'pydantic', 'PIL', 'tiktoken'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_columns_of_one_name_are_all_there_in_json() -> None:
+    frame = pd.DataFrame([[1, 2, 3, 4]], columns=["a", "a", 1, "1"], index=pd.Index(["x"], name="a"))
+    assert json.loads(as_json(frame)) == [{"a": "x", "a (2)": 1, "a (3)": 2, "1": 3, "1 (2)": 4}]

@@ -117,6 +117,8 @@ OPENAI_REFUSALS = [
     ("Invalid JSON payload received. Unknown name \"$defs\" at 'generation_config.response_schema'", "json"),
     ("Failed to generate JSON. Please adjust your prompt. See 'failed_generation' for more details.", "words"),
     ("The provided JSON schema contains features not supported by xgrammar", "json"),
+    ("Schema is too complex for compilation. Try simplifying it.", "json"),
+    ("Schemas contains too many optional parameters (30)", "json"),
 ]
 
 
