@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from llmkit.errors import ConfigError
-from llmkit.notebook import arguments
 from llmkit.notebook.arguments import parse, parse_grid
 
 
