@@ -1,4 +1,4 @@
-"""Budgets: which accounts an attempt counts towards, and who waits for room in one.
+"""Budgets: which accounts an attempt counts towards, and what each of them has left.
 
 A limit of the settings is over an account (`llmkit.account`): all calls, or those of a user, a tag or a model, in a
 window of time. Windows are those of the *start of the call*, in the time zone that the settings state. The window
@@ -8,18 +8,14 @@ window of time. Windows are those of the *start of the call*, in the time zone t
 from __future__ import annotations
 
 import asyncio
-import bisect
 import functools
-import itertools
 import json
-import os
-import threading
-import weakref
 from datetime import UTC
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmkit.account import Account
 from llmkit.calendar import window
+from llmkit.line import Line
 from llmkit.models.prices import is_free, to_nanos
 from llmkit.state.owner import current_owner
 
@@ -35,7 +31,7 @@ if TYPE_CHECKING:
     from llmkit.endpoint import Endpoint
     from llmkit.ledger import Ledger
 
-__all__ = ["COLUMNS", "Budgets", "Line", "Scopes", "session", "zone_of"]
+__all__ = ["COLUMNS", "Budgets", "Scopes", "session", "zone_of"]
 
 COLUMNS: dict[str, str | None] = {
     "scope": "string",
@@ -347,106 +343,3 @@ def zone_of(name: str) -> tzinfo:
     from zoneinfo import ZoneInfo
 
     return ZoneInfo(name)
-
-
-# -- waiting ---------------------------------------------------------------------------------------------------------
-
-
-class _Ticket:
-    """One call that waits."""
-
-    __slots__ = ("key", "loop", "number", "woken")
-
-    def __init__(self, number: int, key: str) -> None:
-        self.number = number
-        self.key = key
-        self.loop = asyncio.get_running_loop()
-        self.woken = asyncio.Event()
-
-
-class Line:
-    """Calls of this process that wait for room in an account, oldest first. Safe from any thread.
-
-    Whoever comes later stands behind, even if he would fit, so that a call with a large worst case is not passed by small
-    ones for ever. Only the first of a line tries.
-    """
-
-    def __init__(self) -> None:
-        self._start_afresh()
-        _LINES.add(self)
-
-    def _start_afresh(self) -> None:
-        self._lock = threading.Lock()
-        self._numbers = itertools.count()
-        self._lines: dict[str, list[_Ticket]] = {}
-        self._tickets: dict[str, _Ticket] = {}
-
-    def before(self, accounts: tuple[Account, ...]) -> str | None:
-        """The key of an account for which somebody waits already, if there is one."""
-        if not self._lines:
-            return None
-        return next((account.key for account in accounts if account.key in self._lines), None)
-
-    def join(self, request_id: str, key: str) -> _Ticket:
-        """Stand in the line of an account. Who moves from one to another keeps his age."""
-        with self._lock:
-            ticket = self._tickets.get(request_id)
-            if ticket is None:
-                ticket = self._tickets[request_id] = _Ticket(next(self._numbers), key)
-            elif ticket.key == key:
-                return ticket
-            else:
-                self._remove(ticket)
-                ticket.key = key
-            bisect.insort(self._lines.setdefault(key, []), ticket, key=lambda each: each.number)
-        return ticket
-
-    def is_first(self, ticket: _Ticket) -> bool:
-        with self._lock:
-            return self._lines.get(ticket.key, [None])[0] is ticket
-
-    def leave(self, request_id: str) -> None:
-        """It has got its room, or gives up: the next one's turn. Harmless where it did not wait."""
-        if request_id not in self._tickets:
-            return
-        with self._lock:
-            ticket = self._tickets.pop(request_id, None)
-            if ticket is not None:
-                self._remove(ticket)
-
-    def ended(self, accounts: tuple[Account, ...]) -> None:
-        """A hold on these accounts has ended, so there may be room."""
-        if not self._lines:
-            return
-        with self._lock:
-            for account in accounts:
-                self._wake(account.key)
-
-    def _remove(self, ticket: _Ticket) -> None:
-        line = self._lines.get(ticket.key, [])
-        if ticket in line:
-            line.remove(ticket)
-        self._wake(ticket.key)
-
-    def _wake(self, key: str) -> None:
-        line = self._lines.get(key, [])
-        while line:
-            try:
-                line[0].loop.call_soon_threadsafe(line[0].woken.set)
-            except RuntimeError:  # its loop is closed, so nobody waits there any more
-                del line[0]
-            else:
-                return
-        self._lines.pop(key, None)
-
-
-_LINES: weakref.WeakSet[Line] = weakref.WeakSet()
-
-
-def _in_child() -> None:
-    for line in list(_LINES):
-        line._start_afresh()  # who waits there waits in the parent
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)

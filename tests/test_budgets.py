@@ -1,4 +1,4 @@
-"""llmkit.budgets: which accounts a call counts towards, who waits for room, and what all of it promises end to end."""
+"""llmkit.budgets: which accounts a call counts towards, and what all of it promises end to end."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 
 import llmkit
 from llmkit import errors
-from llmkit.account import Account
-from llmkit.budgets import COLUMNS, Budgets, Line, session
+from llmkit.budgets import COLUMNS, Budgets, session
 from llmkit.config import BudgetSettings, Config, Limit
 from llmkit.endpoint import Price
 from llmkit.state.owner import current_owner
@@ -222,52 +221,6 @@ def test_another_endpoint_at_the_same_address_is_told_apart() -> None:
         paid, free = endpoint(), endpoint(price=None, local=True)
         assert made.of(call(), paid).accounts
         assert not made.of(call(), free).accounts
-
-
-# -- the line --------------------------------------------------------------------------------------------------------
-
-
-def test_the_oldest_of_a_line_is_woken_first_and_keeps_its_age_in_another_line() -> None:
-    async def main() -> None:
-        line = Line()
-        here, there = Account("here", "here"), Account("there", "there")
-        assert line.before((here, there)) is None
-        first, second, third = (line.join(name, "here") for name in "abc")
-        assert line.before((there, here)) == "here"
-        assert (line.is_first(first), line.is_first(second)) == (True, False)
-        line.ended((here,))
-        await asyncio.sleep(0)
-        assert [each.woken.is_set() for each in (first, second, third)] == [True, False, False]
-        line.join("c", "there")
-        line.join("b", "there")  # older than c, though it came later
-        assert line.is_first(second)
-        line.leave("b")
-        line.leave("b")
-        await asyncio.sleep(0)
-        assert third.woken.is_set()
-        line.leave("a")
-        line.leave("c")
-        assert line.before((here, there)) is None
-
-    asyncio.run(main())
-
-
-def test_a_loop_that_is_gone_does_not_block_the_line() -> None:
-    line = Line()
-
-    async def leave_one() -> None:
-        line.join("gone", "k")
-
-    asyncio.run(leave_one())
-
-    async def main() -> None:
-        ticket = line.join("here", "k")
-        line.ended((Account("k", "k"),))
-        await asyncio.sleep(0)
-        assert ticket.woken.is_set()
-        assert line.is_first(ticket)
-
-    asyncio.run(main())
 
 
 # -- end to end ------------------------------------------------------------------------------------------------------

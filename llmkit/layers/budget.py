@@ -10,53 +10,36 @@ A hold is taken with the row of the attempt, so below this layer; a hold that do
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from llmkit.account import NONE_AHEAD, Hold, HoldRefused, Provision
+from llmkit.account import NONE_AHEAD, HoldRefused, Provision
+from llmkit.allowance import Allowance, Cutter
 from llmkit.errors import BudgetExceeded, CallRejected, PriceUnknown
-from llmkit.events import BudgetWarning, NoRoom, Share, Waiting, emit
+from llmkit.events import BudgetWarning, emit
+from llmkit.line import Place
 from llmkit.models import prices, tokens, windows
-from llmkit.money import amount, money
-from llmkit.redaction import tidy
+from llmkit.money import amount
+from llmkit.refusal import exactly, exceeded, full, moment, no_room, scope_of, words
+from llmkit.worstcase import MOST_OUTPUT, WorstCase
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from llmkit.account import Account, Balance, Sums
+    from llmkit.account import Account, Balance, Hold, Sums
     from llmkit.budgets import Budgets
     from llmkit.call import Call
     from llmkit.clock import Clock
     from llmkit.endpoint import Endpoint
     from llmkit.pipeline import CallNext
-    from llmkit.reply import Chunk, Outcome, Reply
+    from llmkit.reply import Outcome, Reply
 
 __all__ = ["Budget"]
 
-# No model of today gives more output than this, so a cap that affords it needs no limit on the wire.
-MOST_OUTPUT = 131_072
 ROOMY = 4_096  # tokens; a longer prompt is looked at each time
-LEASE_S = 3_600.0  # of a hold whose call has no deadline
-GRACE_S = 60.0  # of a hold beyond the deadline of its call
-LONGEST_WAIT_S = 60.0  # for room in an account, where the call has no deadline
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.25  # between two tries: other processes give back without a word
-SAID_AFTER_S = 1.0
 MOST_WARNINGS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class _Allowance:
-    """Output tokens an attempt may produce, and which cap says so (``max_cost`` or ``max_tokens``).
-
-    ``held``: for how many there is room, where that is more.
-    """
-
-    tokens: int
-    cap: str
-    held: int = 0
 
 
 class _Harmless(NamedTuple):
@@ -116,19 +99,19 @@ class Budget:
         case, refusal = await self._case_or_refusal(call)
         accounts = case.accounts
         before = await self._balances(accounts, ahead or {})
-        full: HoldRefused | None = None
-        while refusal is None and full is None and (refused := self._refused(case, before)) is not None:
+        held: HoldRefused | None = None
+        while refusal is None and held is None and (refused := self._refused(case, before)) is not None:
             try:
-                full = None if await self._fits_otherwise(call, case, refused) else refused
+                held = None if await self._fits_otherwise(call, case, refused) else refused
             except CallRejected as error:
                 refusal = error
-        waits = None if full is None else _full(full)
+        waits = None if held is None else full(held)
         said = tuple(call.trail.warnings[warnings:])
         return Provision(*case.size(), accounts, tuple(before), refusal, waits, said)
 
-    async def _case_or_refusal(self, call: Call) -> tuple[_Case, CallRejected | None]:
+    async def _case_or_refusal(self, call: Call) -> tuple[WorstCase, CallRejected | None]:
         """What is to be held, and the refusal that comes before anything could be."""
-        allowance: _Allowance | None = None
+        allowance: Allowance | None = None
         accounts: tuple[Account, ...] = ()
         refusal: CallRejected | None = None
         try:
@@ -141,9 +124,9 @@ class Budget:
             if self._budgets is not None:
                 accounts = self._budgets.of(call, call.endpoint).accounts
         await prices.ready(call.endpoint)
-        return _Case(call, allowance, accounts, self._clock.time()), refusal
+        return WorstCase(call, allowance, accounts, self._clock.time()), refusal
 
-    def _refused(self, case: _Case, before: Sequence[Balance]) -> HoldRefused | None:
+    def _refused(self, case: WorstCase, before: Sequence[Balance]) -> HoldRefused | None:
         """What the accounts would say to the hold."""
         if not case.accounts or self._ledger is None:
             return None
@@ -164,7 +147,7 @@ class Budget:
             for account, balance in zip(accounts, await self._ledger.balances(accounts), strict=True)
         ]
 
-    async def _sent(self, call: Call, call_next: CallNext, allowance: _Allowance | None) -> Reply:
+    async def _sent(self, call: Call, call_next: CallNext, allowance: Allowance | None) -> Reply:
         if allowance is None:
             return await call_next(call)
         wanted = call.params.max_tokens
@@ -173,11 +156,11 @@ class Budget:
         reply = await call_next(call)
         if not reply.call.stream:
             return reply
-        return reply.watched(_Cutter(reply, call, allowance).cut)
+        return reply.watched(Cutter(reply, call, allowance).cut)
 
     # -- budgets -----------------------------------------------------------------------------------------------------
 
-    async def _case(self, call: Call, allowance: _Allowance | None) -> _Case | None:
+    async def _case(self, call: Call, allowance: Allowance | None) -> WorstCase | None:
         """What is to be held for an attempt; None where no account is concerned.
 
         Raises:
@@ -189,7 +172,7 @@ class Budget:
         if not scopes.accounts:
             return None
         await prices.ready(call.endpoint)
-        case = _Case(call, allowance, scopes.accounts, self._clock.time())
+        case = WorstCase(call, allowance, scopes.accounts, self._clock.time())
         if scopes.usd and not prices.is_free(call.endpoint) and case.nanos() is None:
             if scopes.usd_set:
                 name = call.endpoint.name
@@ -198,12 +181,12 @@ class Budget:
                 return None  # nobody asked for these limits
         return case
 
-    async def _within(self, call: Call, call_next: CallNext, case: _Case) -> Reply:
+    async def _within(self, call: Call, call_next: CallNext, case: WorstCase) -> Reply:
         """Send it with its worst case held; wait, shrink, or refuse where that does not fit."""
         budgets, ledger = self._budgets, self._ledger
         assert budgets is not None
         assert ledger is not None
-        place = _Place(self._clock, budgets, ledger, call)
+        place = Place(self._clock, budgets.line, ledger.reap, call)
         try:
             await place.stand_behind_others(case.accounts)
             while True:
@@ -221,18 +204,22 @@ class Budget:
         finally:
             budgets.line.leave(call.request_id)
 
-    async def _make_room(self, call: Call, case: _Case, place: _Place, refused: HoldRefused) -> None:
+    async def _make_room(self, call: Call, case: WorstCase, place: Place, refused: HoldRefused) -> None:
         """Find out how it may fit, and return when it is worth another try.
 
         Raises:
             BudgetExceeded: it will not.
         """
+        assert self._budgets is not None
         if call.trail.listener is not None and not place.waited_s:
-            emit(call, _no_room(call, refused, case.needed(refused.unit)))
-        if not await self._fits_otherwise(call, case, refused) and not await place.wait(refused):
-            raise self._exceeded(call, refused, case.needed(refused.unit), waited_s=place.waited_s)
+            emit(call, no_room(call, refused, case.needed(refused.unit)))
+        if await self._fits_otherwise(call, case, refused):
+            return
+        if not await place.wait(refused.account.key, full(refused)):
+            name, needed = call.endpoint.name, case.needed(refused.unit)
+            raise exceeded(refused, name, needed, self._budgets.zone, waited_s=place.waited_s)
 
-    async def _fits_otherwise(self, call: Call, case: _Case, refused: HoldRefused) -> bool:
+    async def _fits_otherwise(self, call: Call, case: WorstCase, refused: HoldRefused) -> bool:
         """Make the case smaller, or lift the limit, as far as that may be; False: it would fit but for what others hold.
 
         Raises:
@@ -249,7 +236,7 @@ class Budget:
             return False
         return True
 
-    def _shrink(self, call: Call, case: _Case, refused: HoldRefused) -> None:
+    def _shrink(self, call: Call, case: WorstCase, refused: HoldRefused) -> None:
         """Let the answer be as long as the account allows, or refuse the call.
 
         Raises:
@@ -261,52 +248,23 @@ class Budget:
         affordable = 0 if downgrade else case.affordable(refused.unit, left)
         if affordable < case.least:
             shortest = None if downgrade else case.least  # with another link to take, it is the whole that does not fit
-            raise self._exceeded(call, refused, case.needed(refused.unit, shortest), downgrade=downgrade)
+            name, needed = call.endpoint.name, case.needed(refused.unit, shortest)
+            raise exceeded(refused, name, needed, self._budgets.zone, downgrade=downgrade)
         # An answer may pass its allowance by what is on its way while it is cut, so that much is not told.
         margin = 0 if call.params.max_tokens is not None else min(16, affordable // 16)
         cap = "max_cost" if refused.unit == "usd" else "max_tokens"
-        case.allowance = _Allowance(affordable - margin, cap, held=affordable)
+        case.allowance = Allowance(affordable - margin, cap, held=affordable)
 
-    def _exceeded(
-        self, call: Call, refused: HoldRefused, needed: int, *, downgrade: bool = False, waited_s: float = 0.0
-    ) -> BudgetExceeded:
-        assert self._budgets is not None
-        account, balance, unit = refused.account, refused.balance, refused.unit
-        unknown = balance.unknown_nanos if unit == "usd" else balance.unknown_tokens
-        resets_at = None if account.resets_at is None else datetime.fromtimestamp(account.resets_at, self._budgets.zone)
-        say = _words(unit)
-        parts = [f"{say(refused.settled)} of {say(refused.limit, whole=True)} spent"]
-        if unknown:
-            parts.append(f"{say(unknown)} of that unknown (the worst case of requests whose end nobody saw)")
-        if refused.held:
-            parts.append(f"{say(refused.held)} held by calls in flight")
-        worst = f"this call at {call.endpoint.name} could take {say(needed)}"
-        waited = f"no room within {waited_s:.3g} s" if waited_s else ""
-        resets = "it does not reset" if resets_at is None else f"it resets {_moment(resets_at)}"
-        said = "; ".join(part for part in (", ".join(parts), worst, waited, resets) if part)
-        message = f'the budget "{_scope(account)}" does not allow it: {said}'
-        return BudgetExceeded(
-            message,
-            scope=account.scope,
-            limit=_amount(unit, refused.limit),
-            needed=_amount(unit, needed),
-            unit=unit,
-            spent_before=_amount(unit, refused.settled),
-            held=_amount(unit, refused.held),
-            unknown=_amount(unit, unknown),
-            resets_at=resets_at,
-            downgrade=downgrade,
-            next_step=_how_to_raise(account, unit),
-        )
-
-    def _go_on_without(self, call: Call, case: _Case, refused: HoldRefused) -> None:
+    def _go_on_without(self, call: Call, case: WorstCase, refused: HoldRefused) -> None:
         """``at_limit = "warn"``: the limit is no limit for this attempt, and somebody hears of it."""
         account, unit = refused.account, refused.unit
         case.lift(account, unit)
         if refused.settled + case.needed(unit) > refused.limit:
-            say = _words(unit)
+            say = words(unit)
             spent = f"{say(refused.settled)} of {say(refused.limit, whole=True)} spent"
-            self._tell(call, account, f"{_scope(account)}: {spent}; this call went on all the same (at_limit is warn)")
+            self._tell(
+                call, account, f"{scope_of(account)}: {spent}; this call went on all the same (at_limit is warn)"
+            )
 
     async def _watch(self, reply: Reply, hold: Hold) -> None:
         """See whether the real cost brings an account to where there is a warning; most calls cannot."""
@@ -347,14 +305,16 @@ class Budget:
                 if len(self._warned) >= MOST_WARNINGS:
                     self._warned.clear()
                 self._warned[account.key, unit] = share
-                say = _words(unit)
+                say = words(unit)
                 ends = "" if account.resets_at is None else f"; resets {self._ending(account.resets_at)}"
-                text = f"{_scope(account)}: {say(spent)} of {say(limit, whole=True)} spent ({spent / limit:.0%}){ends}"
+                text = (
+                    f"{scope_of(account)}: {say(spent)} of {say(limit, whole=True)} spent ({spent / limit:.0%}){ends}"
+                )
                 self._tell(call, account, text)
 
     def _ending(self, at: float) -> str:
         assert self._budgets is not None
-        return _moment(datetime.fromtimestamp(at, self._budgets.zone))
+        return moment(datetime.fromtimestamp(at, self._budgets.zone))
 
     @staticmethod
     def _tell(call: Call, account: Account, message: str) -> None:
@@ -363,17 +323,17 @@ class Budget:
 
     # -- the cap of one request --------------------------------------------------------------------------------------
 
-    async def _allowance(self, call: Call) -> _Allowance | None:
+    async def _allowance(self, call: Call) -> Allowance | None:
         """How much output this attempt may produce; None where nothing limits it.
 
         Raises:
             BudgetExceeded, PriceUnknown: before anything is sent.
         """
         by_cost, by_tokens, wanted = await self._by_cost(call), await self._by_tokens(call), call.params.max_tokens
-        caps = [cap for cap in (by_cost, by_tokens, wanted and _Allowance(wanted, "max_tokens")) if cap]
+        caps = [cap for cap in (by_cost, by_tokens, wanted and Allowance(wanted, "max_tokens")) if cap]
         return min(caps, key=lambda allowance: allowance.tokens) if caps else None
 
-    async def _by_cost(self, call: Call) -> _Allowance | None:
+    async def _by_cost(self, call: Call) -> Allowance | None:
         endpoint, link = call.endpoint, call.link
         cap, scope = call.max_cost_usd, "request"
         if link is not None and link.max_cost_usd is not None and (cap is None or link.max_cost_usd < cap):
@@ -411,14 +371,14 @@ class Budget:
         if affordable is None or affordable < least:
             needed = prices.worst_case(endpoint, counted, least, **terms) or Decimal(0)
             raise BudgetExceeded(
-                f"{endpoint.name} could cost {_exactly(needed)} for {counted} tokens in and {least} out; "
-                f"the {scope}'s cap leaves {_exactly(max(left, Decimal(0)))} of {amount(cap)}",
+                f"{endpoint.name} could cost {exactly(needed)} for {counted} tokens in and {least} out; "
+                f"the {scope}'s cap leaves {exactly(max(left, Decimal(0)))} of {amount(cap)}",
                 scope=scope,
                 limit=cap,
                 needed=needed,
                 spent_before=cap - left,
             )
-        return _Allowance(affordable, "max_cost")
+        return Allowance(affordable, "max_cost")
 
     def _is_harmless(self, endpoint: Endpoint, cap: Decimal, wanted: int | None, at: float, bound: int) -> bool:
         known = self._harmless.get(id(endpoint))
@@ -431,7 +391,7 @@ class Budget:
             and bound <= known.tokens
         )
 
-    async def _by_tokens(self, call: Call) -> _Allowance | None:
+    async def _by_tokens(self, call: Call) -> Allowance | None:
         cap = call.max_total_tokens
         if cap is None:
             return None
@@ -450,10 +410,10 @@ class Budget:
                 needed=counted + least,
                 spent_before=call.trail.tokens,
             )
-        return _Allowance(left - counted, "max_tokens")
+        return Allowance(left - counted, "max_tokens")
 
     @staticmethod
-    def _limited(call: Call, allowance: _Allowance) -> Call:
+    def _limited(call: Call, allowance: Allowance) -> Call:
         """Tell the provider its limit; or, where it might refuse that number as too high, stream and cut."""
         if allowance.held:  # the last of a budget: cut here as well, since a server may not keep what it is told
             call = call.to(stream=True)
@@ -478,249 +438,3 @@ def _is_followed(call: Call) -> bool:
             return True
         behind = behind or link is call.link
     return False
-
-
-# -- in words --------------------------------------------------------------------------------------------------------
-
-
-def _words(unit: str) -> Callable[..., str]:
-    """How to write an amount of that unit; ``whole``: as it was set, to its last digit."""
-    if unit == "usd":
-        return lambda nanos, whole=False: (amount if whole else money)(prices.from_nanos(nanos))
-    return lambda count, whole=False: f"{count:,}{' tokens' if not whole else ''}" if count != 1 else "1 token"
-
-
-def _exactly(usd: Decimal) -> str:
-    """To the nano-dollar, rounded up: of two amounts that differ by little, a person must see which is more."""
-    return amount(prices.from_nanos(prices.to_nanos(usd)))
-
-
-def _amount(unit: str, number: int) -> Decimal | int:
-    return prices.from_nanos(number) if unit == "usd" else number
-
-
-def _no_room(call: Call, refused: HoldRefused, needed: int) -> NoRoom:
-    unit = refused.unit
-    amounts = (_amount(unit, number) for number in (refused.limit, refused.settled, refused.held))
-    return NoRoom(call.request_id, Share(refused.account.scope, unit, *amounts), _amount(unit, needed))
-
-
-def _full(refused: HoldRefused) -> str:
-    """That there is no room, because of what others hold."""
-    say = _words(refused.unit)
-    spent = f"{say(refused.settled)} of {say(refused.limit, whole=True)} spent"
-    return f"{_scope(refused.account)}: {spent}, {say(refused.held)} held by calls in flight"
-
-
-def _scope(account: Account) -> str:
-    return tidy(account.scope, limit=100)
-
-
-def _moment(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M} {at.tzname()}"
-
-
-def _how_to_raise(account: Account, unit: str) -> str:
-    window = account.scope.rpartition(", ")[2]
-    kinds = (("user", account.user), ("tag", account.tag), ("model", account.model))
-    whose = next((f"{kind}.{tidy(name, limit=60)}." for kind, name in kinds if name is not None), "")
-    name = f"{whose}{window}"
-    return (
-        f"raise it (%llm budget {name}=AMOUNT{unit}) or lift it (%llm budget {name}=off), for good in [budget] of "
-        "llmkit.toml; or lower --max-tokens, or use a cheaper model"
-    )
-
-
-class _Case:
-    """The worst case of one attempt: what goes in, what may come out, and what is held for it."""
-
-    def __init__(self, call: Call, allowance: _Allowance | None, accounts: tuple[Account, ...], at: float) -> None:
-        endpoint, extra, wanted = call.endpoint, call.beside, call.params.max_tokens
-        self.accounts = accounts
-        self.allowance = allowance
-        self.least = wanted or 1
-        self._call = call
-        self._at = at
-        self._input = tokens.upper_bound(call.messages, model=endpoint.model, extra=extra)
-        self._is_counted = False
-        self._size = (-1, -1)  # of the last worst case, which is asked for several times
-        self._nanos: int | None = None
-        self._most = wanted or windows.max_output(endpoint) or MOST_OUTPUT
-        self._terms: dict[str, Any] = {
-            "at": at,
-            "service_tier": extra.get("service_tier") if extra else None,
-            "cache_writes": prices.asks_for_cache(call.messages, extra),
-        }
-
-    @property
-    def _output(self) -> int:
-        allowance = self.allowance
-        return self._most if allowance is None else min(self._most, allowance.held or allowance.tokens)
-
-    def size(self) -> tuple[int | None, int, int]:
-        """Nano-dollars (None: the price is unknown), tokens in, tokens out."""
-        return self.nanos(), self._input, self._output
-
-    def nanos(self, output: int | None = None) -> int | None:
-        """None where the price is unknown."""
-        size = (self._input, self._output if output is None else output)
-        if size != self._size:
-            self._size, self._nanos = size, prices.worst_nanos(self._call.endpoint, *size, **self._terms)
-        return self._nanos
-
-    def needed(self, unit: str, output: int | None = None) -> int:
-        """What is to be held, with at most ``output`` tokens out."""
-        if unit == "usd":
-            return self.nanos(output) or 0
-        return self._input + (self._output if output is None else output)
-
-    def affordable(self, unit: str, left: int) -> int:
-        """The most output tokens that ``left`` allows."""
-        if unit == "tokens":
-            return left - self._input
-        usd = prices.from_nanos(max(0, left))
-        return prices.affordable_output(self._call.endpoint, self._input, usd, **self._terms) or 0
-
-    async def count(self) -> bool:
-        """Count the input, which was only bounded at first. Returns whether that made it less."""
-        if self._is_counted:
-            return False
-        self._is_counted = True
-        bound, call = self._input, self._call
-        counted = await tokens.safe_count(call.endpoint, call.messages, extra=call.beside)
-        self._input = min(bound, counted)
-        return self._input < bound
-
-    def lift(self, account: Account, unit: str) -> None:
-        """Let this limit be none for this attempt; it is counted all the same."""
-        lifted = account._replace(limit_nanos=None) if unit == "usd" else account._replace(limit_tokens=None)
-        self.accounts = tuple(lifted if each.key == account.key else each for each in self.accounts)
-
-    def hold(self, owner: str) -> Hold:
-        call = self._call
-        lease = LEASE_S if call.deadline is None else max(0.0, call.deadline - call.started) + GRACE_S
-        return Hold(
-            call.request_id,
-            call.trail.attempts_begun + 1,
-            self.accounts,
-            self.needed("usd"),
-            self.needed("tokens"),
-            owner,
-            self._at + lease,
-            None,
-            [],
-        )
-
-
-class _Place:
-    """The place of a call among those who wait for room in an account."""
-
-    def __init__(self, clock: Clock, budgets: Budgets, ledger: Accounting, call: Call) -> None:
-        self.waited_s = 0.0
-        self._clock = clock
-        self._line = budgets.line
-        self._ledger = ledger
-        self._call = call
-        self._began: float | None = None
-        self._pause = FIRST_PAUSE_S
-        self._said = False
-
-    async def stand_behind_others(self, accounts: tuple[Account, ...]) -> None:
-        """Whoever waits already tries first, even where this call would fit."""
-        key = self._line.before(accounts)
-        if key is None:
-            return
-        ticket = self._line.join(self._call.request_id, key)
-        scope = next(account.scope for account in accounts if account.key == key)
-        while not self._line.is_first(ticket) and await self._woken(ticket, f"{scope}: others wait for room before it"):
-            pass
-
-    async def wait(self, refused: HoldRefused) -> bool:
-        """Until there may be room for what was refused because of what others hold. False: the time is up."""
-        ticket = self._line.join(self._call.request_id, refused.account.key)
-        reason = _full(refused)
-        await self._ledger.reap()
-        while await self._woken(ticket, reason):
-            if self._line.is_first(ticket):
-                return True
-        return False
-
-    async def _woken(self, ticket: Any, reason: str) -> bool:
-        """Wait until somebody gives back, or for a while. False: the time is up."""
-        call, now = self._call, self._clock.now()
-        if self._began is None:
-            self._began = now
-            call.trail.sent = False
-        until = call.deadline if call.deadline is not None else self._began + LONGEST_WAIT_S
-        if now >= until:
-            return False
-        longest = until - now
-        if self._line.is_first(ticket):  # the others are woken when it is their turn
-            longest = min(longest, self._pause)
-            self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
-        if not self._said:
-            longest = min(longest, max(0.0, self._began + SAID_AFTER_S - now))
-        await _either(ticket.woken.wait(), self._clock.sleep(longest))
-        ticket.woken.clear()
-        waited = self._clock.now() - now
-        self.waited_s += waited
-        call.trail.waited_s += waited
-        if not self._said and self._clock.now() - self._began >= SAID_AFTER_S:
-            self._said = True
-            emit(call, Waiting(call.request_id, max(0.0, until - self._clock.now()), reason, call.endpoint.name))
-        return True
-
-
-async def _either(first: Awaitable[object], second: Awaitable[object]) -> None:
-    """Wait for one of the two; the other is given up."""
-    tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-class _Cutter:
-    """Ends a stream that reaches its allowance, for servers that do not keep the limit they were sent.
-
-    Exact counting is dear, so it is done only when the cheap upper bound of what has arrived since the last exact
-    count (its UTF-8 bytes) could reach what is left.
-    """
-
-    def __init__(self, reply: Reply, call: Call, allowance: _Allowance) -> None:
-        self._reply = reply
-        self._endpoint = call.endpoint
-        self._allowance = allowance
-        self._pending: list[str] = []
-        self._pending_bytes = 0
-        self._counted = 0
-        self._chunks = 0
-
-    async def cut(self, batches: AsyncIterator[list[Chunk]]) -> AsyncIterator[list[Chunk]]:
-        self._note(self._reply.arrived)
-        async for batch in batches:
-            yield batch
-            self._note(batch)
-            if self._counted + self._pending_bytes > self._allowance.tokens and await self._reached():
-                self._reply.cut = self._allowance.cap
-                return
-
-    def _note(self, batch: list[Chunk]) -> None:
-        for chunk in batch:
-            self._pending.append(chunk.reasoning)
-            self._pending.append(chunk.text)
-            self._pending_bytes += len(chunk.text.encode("utf-8", "replace"))
-            self._pending_bytes += len(chunk.reasoning.encode("utf-8", "replace"))
-        self._chunks += len(batch)
-
-    async def _reached(self) -> bool:
-        count = await tokens.count(self._endpoint, "".join(self._pending))
-        self._counted += count.tokens
-        self._pending.clear()
-        self._pending_bytes = 0
-        if count.exact:
-            return self._counted > self._allowance.tokens
-        # A chunk is at least a token, so that is certain. Our estimate may be above the server's own count, and below it.
-        self._counted = max(self._counted, self._chunks)
-        return (self._chunks if self._allowance.cap == "max_tokens" else self._counted) > self._allowance.tokens
