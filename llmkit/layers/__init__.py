@@ -52,7 +52,7 @@ def standard(
         # trim: what does not fit the window goes, before the cache key is made
         Cache(answers, key_of, clock, flights),  # a hit costs neither money nor rate limit
         Degraded(clock),
-        # tier and cascade: which chain this call deserves
+        # cascade: a cheaper chain first, where its answer is good enough
         Fallback(clock),
         # rate limit: by endpoint, so below the choice of it
         Retry(config.retry, clock),
