@@ -117,10 +117,11 @@ class Fallback:
         if window is None or tokens.upper_bound(call.said, model=endpoint.model) <= window:
             return
         count = await tokens.count_input(endpoint, call.said)
-        if count.tokens > window and (count.exact or others):
+        known = count.tokens if count.exact else count.tokens - tokens.unmeasured(endpoint, call.said)
+        if known > window and (count.exact or others):
             raise ContextTooLong(
-                f"{endpoint.name}: {count.tokens} tokens{'' if count.exact else ' (estimated)'} do not fit its window of {window}",
-                tokens=count.tokens,
+                f"{endpoint.name}: {known} tokens{'' if count.exact else ' (estimated)'} do not fit its window of {window}",
+                tokens=known,
                 window=window,
             )
 

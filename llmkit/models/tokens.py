@@ -46,6 +46,7 @@ __all__ = [
     "load",
     "safe_count",
     "simulated_tokens",
+    "unmeasured",
     "upper_bound",
 ]
 
@@ -153,6 +154,16 @@ async def count_input(endpoint: Endpoint, messages: Sequence[Message]) -> Count:
     if is_loaded(endpoint) and _length(messages) <= _QUICK:
         return count_messages(endpoint, messages)
     return await _threaded(count_messages, endpoint, messages)
+
+
+def unmeasured(endpoint: Endpoint, messages: Sequence[Message]) -> int:
+    """How much of what `count_input` says stands for pictures that no rule is known for: a bound, and nothing near it."""
+    parts = (part for message in messages for part in _other_parts(message.content))
+    return sum(
+        MOST_TOKENS_PER_IMAGE
+        for part in parts
+        if "image" in _kind(part) and pictures.bound(endpoint.model, size_in(part)) is None
+    )
 
 
 async def counted(

@@ -258,3 +258,19 @@ def test_an_estimate_alone_refuses_nothing() -> None:
         assert "(estimated)" in reply.skipped[0].reason
 
     run(main)
+
+
+def test_pictures_that_nobody_can_count_pass_no_model_over() -> None:
+    """Their bound is far above what they take: a local model with three small ones would be left for a paid one."""
+
+    async def main() -> None:
+        clock = FakeClock()
+        own = endpoint("a", window=32_000)
+        fleet = Fleet(clock, a=["it sees"], b=["ok"])
+        for text, model in (("What is it?", "a"), ("w " * 200_000, "b")):
+            parts = [{"type": "image_url", "image_url": {"url": "https://x.test/a.png"}}] * 3
+            prompt = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+            reply, _, _ = await ask(Fallback(clock), clock, fleet, own, endpoint("b"), prompt=prompt)
+            assert reply.model == model
+
+    run(main)
