@@ -42,6 +42,7 @@ and cut before it gets here.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llmkit.money import money
@@ -90,6 +91,14 @@ __all__ = [
 ]
 
 
+# Messages quote names, lines and files that others wrote, and a terminal would take these as commands.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def _plain(text: str) -> str:
+    return _CONTROL.sub("\ufffd", text)
+
+
 class LLMKitError(Exception):
     """The root. ``except llmkit.LLMKitError`` catches everything llmkit raises on purpose.
 
@@ -106,8 +115,8 @@ class LLMKitError(Exception):
     default_next_step: ClassVar[str] = ""
 
     def __init__(self, message: str, *, next_step: str | None = None) -> None:
-        super().__init__(message)
-        self.next_step = self.default_next_step if next_step is None else next_step
+        super().__init__(_plain(message))
+        self.next_step = self.default_next_step if next_step is None else _plain(next_step)
         self.spent: Decimal | None = None
         self.unseen = 0
         self.reply: Reply | None = None
@@ -452,7 +461,7 @@ class AllModelsFailed(LLMKitError, ExceptionGroup[LLMKitError]):
 
     def __init__(self, message: str, errors: Sequence[LLMKitError]) -> None:
         LLMKitError.__init__(self, message)
-        self.args = (message, errors)
+        self.args = (self.message, errors)
         self.errors = tuple(errors)
 
     def derive(self, excs: Sequence[Exception], /) -> AllModelsFailed:  # type: ignore[override]

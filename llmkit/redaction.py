@@ -31,7 +31,8 @@ _KEYLIKE = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-_CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+# With what turns the direction of a text, so that it reads as another.
+_CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+")
 
 
 def redact(text: str, secret: str | None = None) -> str:

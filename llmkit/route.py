@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from llmkit.providers.catalog import ProviderEntry
     from llmkit.settings import Fail, Place
 
-__all__ = ["LONGEST", "Routes"]
+__all__ = ["LONGEST", "LONGEST_MODEL", "Routes"]
 
 LONGEST = 50
 """The most links a route may have once all its aliases are followed."""
 
+LONGEST_MODEL = 500
+"""Characters of a model's name: those of local models may be paths."""
+
 _CACHED = 256
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _SINGLE_KEYS = ("provider", "model", "base_url", "api_key_env", "price", "window", "max_output", "max_concurrency")
 
 
@@ -119,7 +123,17 @@ class Routes:
         split = self._split(name)
         if split is None:
             raise self._unknown(name, path)
+        self._check_model(split[1], path)
         return _endpoint_at(located(self._entries[split[0]], self._environ), split[1])
+
+    def _check_model(self, model: str, path: Place) -> None:
+        """It is shown in terminals and tables, and is a part of keys."""
+        from llmkit.settings import shown
+
+        if _UNFIT.search(model):
+            raise self._fail(f"{shown(model)} is no model's name: it has control characters", path)
+        if len(model) > LONGEST_MODEL:
+            raise self._fail(f"{shown(model)} is no model's name: it has more than {LONGEST_MODEL} characters", path)
 
     def _unknown(self, name: str, path: Place) -> ConfigError:
         from llmkit.settings import nearest, shown
@@ -145,6 +159,7 @@ class Routes:
         if "model" not in settings:
             raise self._fail(f"models.{alias} needs model, or a chain", here)
         entry, model = self._provider(alias, settings)
+        self._check_model(model, (*here, "model"))
         if entry.simulated and "base_url" in settings:
             raise self._fail("the simulator has no base_url", (*here, "base_url"))
         entry = self._moved(entry, settings, here) if "base_url" in settings else located(entry, self._environ)

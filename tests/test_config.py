@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from decimal import Decimal
 from pathlib import Path
@@ -624,6 +625,16 @@ def test_limits_of_a_chain_reach_its_links(folder) -> None:
     assert {link.max_latency_s for link in (a, b, off)} == {9.0}
     assert (a.only_on, off.only_on) == (frozenset({"context_too_long"}), frozenset())
     assert (a.disabled, off.disabled) == (False, True)
+
+
+@pytest.mark.parametrize("model", ["tiny\x1b[2J", "tiny\u202e", "t" * 501])
+def test_a_model_has_no_name_that_a_terminal_would_obey_or_a_page_could_not_show(folder, model) -> None:
+    with pytest.raises(ConfigError, match="is no model's name") as raised:
+        load(folder).route(f"vllm:{model}")
+    assert len(str(raised.value)) < 300
+    text = f'[models.here]\nprovider = "vllm"\nmodel = {json.dumps(model)}\nbase_url = "http://127.0.0.1:9/v1"'
+    with pytest.raises(ConfigError, match=r"line \d+: .*(model's name|at most 500)"):
+        load(folder, text).route("here")
 
 
 def test_what_is_known_of_a_model_reaches_its_endpoint(folder) -> None:

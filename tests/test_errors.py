@@ -69,3 +69,10 @@ def test_one_that_another_process_told_of_can_be_shown(error) -> None:
     told = read_back(written_out(error))
     assert type(told) is type(error)
     assert told.block().startswith(f"{type(error).__name__}: ")
+
+
+def test_no_message_is_a_command_to_a_terminal() -> None:
+    error = errors.ConfigError("there is no \x1b]0;title\x07\x9b2J\u202e", next_step="write\rthis\x1b[2J\nor that")
+    assert str(error) == "there is no \ufffd]0;title\ufffd\ufffd2J\ufffd"
+    assert error.next_step == "write\ufffdthis\ufffd[2J\nor that"
+    assert "\x1b" not in str(errors.AllModelsFailed("none of \x1b[2J", [error]))

@@ -85,3 +85,7 @@ def test_no_text_can_hurt(text, secret) -> None:
     cleaned = tidy(text + secret + text, secret)
     assert len(cleaned) <= 500
     assert "\n" not in cleaned
+
+
+def test_nothing_that_turns_the_direction_of_reading_is_left() -> None:
+    assert tidy("to \u202eevil\u2066 ana\u2028") == "to  evil  ana"

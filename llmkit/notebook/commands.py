@@ -11,6 +11,7 @@ from llmkit import spending
 from llmkit.errors import ConfigError
 from llmkit.money import money
 from llmkit.notebook import budgets, chats, history, manual, prompts, recording
+from llmkit.notebook.formats import plain
 from llmkit.redaction import tidy
 
 if TYPE_CHECKING:
@@ -268,7 +269,20 @@ def _calls(magics: LLMMagics, words: list[str]) -> Any:
     number = words[0] if words else "10"
     if len(words) > 1 or not number.isdecimal() or not 1 <= int(number) <= 1_000_000:
         raise ConfigError(f"%llm calls {' '.join(words)[:60]}?", next_step="%llm calls N shows the newest N calls")
-    return magics.session.client.calls(limit=int(number))
+    return _to_see(magics.session.client.calls(limit=int(number)))
+
+
+def _to_see(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame without what a terminal would obey: pandas writes texts out as they are."""
+    for name in frame.columns[[kind.name in {"object", "string", "str"} for kind in frame.dtypes]]:
+        frame[name] = frame[name].map(_cell).astype(frame[name].dtype)
+    return frame
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {plain(str(key)): _cell(inner) for key, inner in value.items()}
+    return plain(value) if isinstance(value, str) else value
 
 
 def _report(magics: LLMMagics, words: list[str]) -> Any:
@@ -277,7 +291,7 @@ def _report(magics: LLMMagics, words: list[str]) -> Any:
     print(spending.summary(frame, by, since))
     frame = spending.brief(frame)
     if hasattr(magics.shell, "kernel"):
-        return frame
+        return _to_see(frame)
     print(f"\n{spending.table(frame)}")  # pandas would leave columns out
     return None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
+import llmkit
 from llmkit.errors import BudgetExceeded, ConfigError
 from llmkit.notebook.magics import LLMMagics
 from tests.notebook.server import refused
@@ -92,6 +94,20 @@ def test_calls_is_a_frame(shell) -> None:
     run(shell, "frame = get_ipython().run_line_magic('llm', 'calls 1')")
     frame = shell.user_ns["frame"]
     assert list(frame["status"]) == ["complete"]
+
+
+def test_what_was_asked_for_whom_is_no_command_to_a_terminal(shell) -> None:
+    evil = "ana\x1b[2J\x9b\u202e"
+    with llmkit.Client() as client:
+        client.complete("hi", user=evil, tags={evil: evil})
+        kind = client.calls()["user"].dtype
+    run(shell, "frame = get_ipython().run_line_magic('llm', 'calls')")
+    frame = shell.user_ns["frame"]
+    assert [*frame["user"], *frame["tags"]] == ["ana", {"ana": "ana"}]
+    assert str(frame["user"].dtype) == str(kind)
+    for by in ("user", "tag"):
+        assert "ana" in (text := said(shell, f"%llm report {by}"))
+        assert not re.search(r"[\x1b\x9b\u202e]", text)
 
 
 @pytest.mark.parametrize("words", ["none", "0", "-1", "1 2", "99999999999"])
