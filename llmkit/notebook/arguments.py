@@ -319,6 +319,10 @@ def _cell_line(names: tuple[str, ...], given: dict[str, Any]) -> CellLine:
     }
     options |= {"max_cost": given["max_cost"], "stop": given["stop"], "timeout": given["timeout"]}
     options["tags"] = dict(given["tag"]) if given["tag"] else None
+    for dest in ("chat", "schema", "save", "saved"):
+        option = "--with" if dest == "saved" else f"--{dest}"
+        if isinstance(given.get(dest), str) and not given[dest].strip():  # said, and so not as if it were left out
+            raise ConfigError(f"{option} is empty", next_step=f"give a name after {option}, or leave it out")
     return CellLine(
         names=names,
         options={name: value for name, value in options.items() if value is not None},

@@ -117,3 +117,10 @@ def test_what_a_comparison_does_not_have_is_said_of_it(option) -> None:
     with pytest.raises(ConfigError, match=f"%%llm_compare: there is no option {option.split()[0]}") as caught:
         parse_grid(option)
     assert caught.value.next_step == "%%llm_compare? shows every option with an example"
+
+
+@pytest.mark.parametrize("option", ["--schema", "--chat", "--save", "--with"])
+@pytest.mark.parametrize("value", ["''", "' '"])
+def test_an_empty_name_is_not_as_if_nothing_was_said(option, value) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is empty"):
+        parse(f"{option} {value}")
