@@ -54,6 +54,8 @@ def read(path: str) -> list[Cell | Line]:
     file = Path(path).expanduser()
     shown = tidy(str(file), limit=200)
     try:
+        if file.exists() and not file.is_file() and not file.is_dir():  # a device or a pipe may never end
+            raise _no_notebook(shown, "it is no file")
         if file.stat().st_size > MAX_BYTES:
             raise ConfigError(
                 f"{shown} is larger than {MAX_BYTES // 1_000_000} MB", next_step="clear its outputs first"

@@ -134,6 +134,8 @@ def read(path: Path) -> Recording:
         ConfigError: there is none, with the line that is not what it should be.
     """
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe may never end
+            raise ConfigError("cannot be read: it is no file", file=path)
         with path.open("rb") as source:
             content = source.read(MAX_BYTES + 1)
     except OSError as error:

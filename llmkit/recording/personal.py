@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["personal"]
 
 _LONGEST_EMAIL = 64
+_DATE = re.compile(  # perhaps with its time
+    r"(?:\d{4}-\d{2}-|(?:19|20)\d\d([/ ])(?:0\d|1[0-2])\1)\d{2}.*|\d{1,2}[./-]\d{1,2}[./-]\d{4}.*", re.DOTALL
+)
 _FEWEST_DIGITS, _MOST_DIGITS = 9, 15  # of a telephone number in groups (E.164 allows 15)
 
 
@@ -47,6 +50,8 @@ def _is_iban(text: str) -> bool:
 
 
 def _is_address(text: str) -> bool:
+    if not re.search(r"\d", text):  # a::b is code
+        return False
     try:
         ipaddress.ip_address(text)
     except ValueError:
@@ -55,7 +60,7 @@ def _is_address(text: str) -> bool:
 
 
 def _is_phone(text: str) -> bool:
-    if re.fullmatch(r"\d{4}-\d{2}-\d{2}.*|\d{1,2}[./-]\d{1,2}[./-]\d{4}.*", text, re.DOTALL):  # a date
+    if _DATE.fullmatch(text):
         return False
     return _FEWEST_DIGITS <= len(_digits(text)) <= _MOST_DIGITS
 
@@ -72,9 +77,7 @@ def _always(_: str) -> bool:
 _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
     (
         "e-mail",
-        re.compile(
-            rf"(?<![\w.%+-])[\w.%+-]{{1,{_LONGEST_EMAIL}}}@(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}[A-Za-z]{{2,24}}(?![\w-])"
-        ),
+        re.compile(rf"(?<![\w.%+-])[\w.%+-]{{1,{_LONGEST_EMAIL}}}@(?:[\w-]{{1,63}}\.){{1,8}}[^\W\d_]{{2,24}}(?![\w-])"),
         _always,
     ),
     (
@@ -84,7 +87,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
         ),
         _is_iban,
     ),
-    ("card", re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])"), _is_card),
+    ("card", re.compile(r"(?<![\w.-])\d(?:(?: ?\d){12,18}|(?:-?\d){12,18})(?![\w-])"), _is_card),
     ("SSN", re.compile(r"(?<![\w-])\d{3}([- ])\d{2}\1\d{4}(?![\w-])"), _is_ssn),
     ("IP address", re.compile(r"(?<![\w.:])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)"), _is_address),
     (
@@ -98,4 +101,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
         re.compile(r"(?<![\w.+-])(?:\(\d{2,5}\)[ ./-]?|\d{2,5}[ /-])\d{2,5}(?:[ ./-]\d{2,5}){1,4}(?![\w-])"),
         _is_phone,
     ),
+    ("phone", re.compile(r"(?<![\w.+-])0[1-9]\d{0,4}[ /-]\d{5,10}(?![\w-])"), _is_phone),  # 030 1234567
+    ("phone", re.compile(r"(?<![\w.+-])00[1-9]\d{8,13}(?![\w.-]*\w)"), _always),  # 0049…
+    ("phone", re.compile(r"(?<![\w.+-])[2-9]\d{2}\.[2-9]\d{2}\.\d{4}(?![\w-]|\.\d)"), _always),  # 555.234.4567
 )

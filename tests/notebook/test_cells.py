@@ -110,6 +110,8 @@ def test_files_that_cannot_be_read_are_clear_errors(tmp_path, monkeypatch) -> No
         read(str(tmp_path))
     with pytest.raises(ConfigError, match="cannot be read"):
         read("a\0b.ipynb")
+    with pytest.raises(ConfigError, match="it is no file"):
+        read("/dev/zero")  # which has no end
     (tmp_path / "n.ipynb").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not UTF-8"):
         read("n.ipynb")

@@ -424,14 +424,18 @@ def test_what_an_error_says_cannot_drive_a_terminal(tmp_path) -> None:
     assert take.checked().error().block() == "StoreError: a [2Jb \nnext: c  d"
 
 
-@pytest.mark.parametrize(("kind", "message"), [("missing", "No such file"), ("folder", "Is a directory")])
+@pytest.mark.parametrize(
+    ("kind", "message"), [("missing", "No such file"), ("folder", "Is a directory"), ("pipe", "it is no file")]
+)
 def test_a_file_that_cannot_be_read(tmp_path, kind, message) -> None:
     path = tmp_path / "calls.jsonl"
     if kind == "folder":
         path.mkdir()
+    if kind == "pipe":  # nobody writes to it: whoever opens it waits
+        os.mkfifo(path)
     with pytest.raises(ConfigError, match=message):
         read(path)
-    if kind == "folder":
+    if kind != "missing":
         with pytest.raises(ConfigError, match="cannot be recorded to"):
             opened(path)
     else:
