@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 
 import nbformat
@@ -17,6 +16,7 @@ import llmkit
 from llmkit import errors, portal
 from llmkit.notebook.magics import LLMMagics
 from tests.notebook.server import CUT, Gone, refused, said, silent
+from tests.notebook.strict import nbval
 from tests.notebook.test_kernel import ROOT, WAIT_S, kernel, running, with_text  # noqa: F401 - fixtures
 
 KEY = "sk-verysecretindeed0123456789"
@@ -142,21 +142,8 @@ def test_nbval_knows_a_cell_that_may_raise(environment, monkeypatch) -> None:
     monkeypatch.setenv("LLMKIT_DISPLAY", "final")
     made = notebook("%load_ext llmkit", "%%llm -m deaf,deaf2\nhi", "%%llm --cache off\nhi")
     made.cells[1].metadata.tags = ["raises-exception"]
-    path = environment / "errors.ipynb"
-    nbformat.write(executed(made, environment), path)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--nbval",
-        "--nbval-current-env",
-        str(path),
-    ]
-    command += ["-c", os.devnull, "--rootdir", str(environment)]
-    done = subprocess.run(command, cwd=environment, capture_output=True, text=True, timeout=4 * WAIT_S, check=False)
+    nbformat.write(executed(made, environment), environment / "errors.ipynb")
+    done = nbval(environment, dict(os.environ), "errors.ipynb")
     assert done.returncode == 0, done.stdout
     assert "3 passed" in done.stdout
 

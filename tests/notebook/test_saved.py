@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 
 import llmkit
 from tests.notebook.server import refused, said
+from tests.notebook.strict import nbval
 
 ROOT = str(Path(llmkit.__file__).parent.parent)
 CELLS = [
@@ -66,19 +67,6 @@ def saved(server, folder, environment, monkeypatch):
     return path
 
 
-def nbval(saved, environment, *options, display="live"):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", "."]
-    command += ["--nbval", "--nbval-current-env", *options, saved.name]
-    return subprocess.run(
-        command,
-        cwd=saved.parent,
-        env=environment | {"LLMKIT_DISPLAY": display},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def sanitize():
     command = [sys.executable, "-m", "llmkit", "sanitize"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -100,13 +88,15 @@ def test_a_saved_notebook_holds_the_answers_and_passes(saved, server, environmen
 
     for seconds, display in [(0.4, "live"), (0.0, "final")]:  # the second has no frame at all
         answers(server, seconds)
-        done = nbval(saved, environment, "--nbval-sanitize-with", sanitize(), display=display)
+        done = nbval(
+            saved.parent, environment | {"LLMKIT_DISPLAY": display}, "--nbval-sanitize-with", sanitize(), saved.name
+        )
         assert done.returncode == 0, done.stdout
 
     answers(server, 0.0)
     server.script.get()
     server.next(said("Another answer"))
-    done = nbval(saved, environment)
+    done = nbval(saved.parent, environment | {"LLMKIT_DISPLAY": "live"}, saved.name)
     assert done.returncode == 1
     failed = set(re.findall(r"Cell (\d+): Cell outputs differ", re.sub(r"\x1b\[\d*m", "", done.stdout)))
     assert failed >= {"1", "2"}, "strict: another answer fails, and without the file another time does"
