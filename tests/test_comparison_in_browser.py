@@ -54,13 +54,15 @@ def test_cards_stand_side_by_side_and_are_stacked_where_it_is_narrow(cells, page
     with cells("%load_ext llmkit", "%%llm_compare -m a,b,ghost\nhi"):
         page.set_viewport_size({"width": 1600, "height": 1500})
         page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
+        page.evaluate(lab.HEIGHTS, 1)
         lab.run(page, 1)
         page.wait_for_selector('[aria-label="comparison"][aria-busy="true"]')
         growing = {tuple(round(box[side]) for side in ("y", "height")) for box in boxes(page)}
         assert len(growing) == 1  # all in one row, of one height, …
         lab.ended(page, 1)
         page.wait_for_selector('[aria-label="comparison"]:not([aria-busy])')
-        assert page.locator('[aria-label="comparison"]').count() == 1  # … and in the end there once
+        assert page.locator('[aria-label="comparison"]').count() == 1  # … and in the end there once, …
+        assert lab.falls(page) <= lab.LINE  # … without a jump
         first, second, third = boxes(page)
         assert first["y"] == second["y"] == third["y"]
         assert first["x"] < second["x"] < third["x"]

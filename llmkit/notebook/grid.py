@@ -183,8 +183,9 @@ _GRID = (
 _CARD = f"border: 1px solid {_LINE}; border-radius: 4px; display: flex; flex-direction: column; min-width: 0;"
 _HEAD = f"padding: 0.4rem 0.6rem; border-bottom: 1px solid {_LINE}; overflow-wrap: anywhere;"
 _BODY = "padding: 0.5rem 0.6rem; overflow: auto; flex: 1 1 auto;"
-# While it grows, a card keeps its height, and the end of the text stays in sight.
-_GROWING = "height: 12rem; display: flex; flex-direction: column-reverse;"
+# While it grows, a card grows up to a height, and then the end of the text stays in sight: nothing is ever less high than
+# before, nor is there much room left that the end would take away.
+_GROWING = "min-height: 3rem; max-height: 12rem; display: flex; flex-direction: column-reverse;"
 _FIXED = "height: 2.9em; overflow: auto;"
 _ENDED = "max-height: 24rem;"
 _TEXT = "white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;"

@@ -226,7 +226,7 @@ def lines(forms: Sequence[tuple[str, str]]) -> str:
 
 def _columns(form: str, what: str) -> Iterator[str]:
     first, *more = textwrap.wrap(what, WIDTH, break_long_words=False, break_on_hyphens=False) or [""]
-    if len(form) < COLUMN:
+    if len(form) <= COLUMN - 2:
         yield f"{form:<{COLUMN}}{first}".rstrip()
     else:
         yield from (form, f"{'':<{COLUMN}}{first}")
