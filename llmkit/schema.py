@@ -204,11 +204,16 @@ def _file(path: str) -> str:
 
     place = Path(path).expanduser()
     try:
+        if not place.exists():
+            raise ConfigError(f"there is no file {path:.200}", next_step=f"paths are seen from {Path.cwd()}")
+        if not place.is_file():  # of a device or a pipe nobody knows the end
+            raise ConfigError(f"{path:.200} is no file")
         if place.stat().st_size > 4 * MAX_BYTES:
             raise ConfigError(f"{path:.200} is too large for a schema")
-        return place.read_text("utf-8")
+        return place.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"the schema {path:.200} cannot be read: {tidy(str(error), limit=200)}") from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"the schema {path:.200} cannot be read: {tidy(why, limit=200)}") from None
 
 
 def _parsed(text: str, what: str) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from datetime import date
@@ -100,13 +101,17 @@ def test_a_file(tmp_path, monkeypatch) -> None:
     (tmp_path / "thing.json").write_text(json.dumps(OBJECT), "utf-8")
     monkeypatch.chdir(tmp_path)
     assert Schema.of("thing.json").shape == OBJECT
+    (tmp_path / "marked.json").write_text(json.dumps(OBJECT), "utf-8-sig")  # as some editors of Windows write it
+    assert Schema.of("marked.json").shape == OBJECT
+    os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "large.json").write_text(" " * (4 * MAX_BYTES + 1), "utf-8")
     (tmp_path / "odd.json").write_bytes(b"\xff\xfe{")
     for name, said in [
-        ("none.json", "No such file"),
+        ("none.json", "there is no file none.json"),
+        ("pipe.json", "pipe.json is no file"),
         ("large.json", "too large"),
         ("odd.json", "cannot be read"),
-        ("..json", "cannot be read"),
+        ("..json", "there is no file"),
     ]:
         with pytest.raises(ConfigError, match=said):
             Schema.of(name)
