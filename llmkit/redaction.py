@@ -38,8 +38,19 @@ _CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f-\x9f\u2028-\u202e\u
 def redact(text: str, secret: str | None = None) -> str:
     """``text`` without ``secret``, and without anything that looks like a key, a token or a password in a URL."""
     if secret and len(secret) >= _SHORTEST_SECRET:
-        text = text.replace(secret, REDACTED)
+        for form in _forms(secret):
+            text = text.replace(form, REDACTED)
     return _KEYLIKE.sub(_blank, text)
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """A key as it is, as a part of a URL, and as a header of ``Basic`` holds it, alone or behind a colon."""
+    import base64
+    from urllib.parse import quote, quote_plus
+
+    yield from dict.fromkeys((secret, quote(secret, "", errors="replace"), quote_plus(secret, errors="replace")))
+    for lead in ("", ":"):
+        yield base64.b64encode((lead + secret).encode("utf-8", "replace")).decode().rstrip("=")
 
 
 def _blank(match: re.Match[str]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+from urllib.parse import quote, quote_plus
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmkit.redaction import redact, secret_in, tidy
+from llmkit.redaction import REDACTED, redact, secret_in, tidy
 
 
 @pytest.mark.parametrize(
@@ -89,3 +92,15 @@ def test_no_text_can_hurt(text, secret) -> None:
 
 def test_nothing_that_turns_the_direction_of_reading_is_left() -> None:
     assert tidy("to \u202eevil\u2066 ana\u2028") == "to  evil  ana"
+
+
+@pytest.mark.parametrize("secret", ["a.b*c(d)[e+f]$^k", 'p"ss\\word<&>1234', "plainsecret99"])
+def test_a_key_is_found_in_the_forms_that_it_travels_in(secret) -> None:
+    whole = base64.b64encode(secret.encode()).decode()
+    basic = base64.b64encode(f":{secret}".encode()).decode()
+    text = redact(
+        f"GET /?q={quote(secret, safe='')}&r={quote_plus(secret)} Basic {basic} or {whole} or {secret}.", secret
+    )
+    assert text.count(REDACTED) == 5
+    for form in (secret, quote(secret), whole.rstrip("="), basic.rstrip("=")):
+        assert form not in text
