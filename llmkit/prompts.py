@@ -175,11 +175,13 @@ class Prompts:
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{what} is no valid text: it holds half of a character") from None
-        for entry in self._config.providers.values():
-            key = self._config.environ.get(entry.api_key_env or "", "").strip()
+        named = [entry.api_key_env for entry in self._config.providers.values()]
+        named += [link.endpoint.api_key_env for links in self._config.aliases().values() for link in links]
+        for name in filter(None, named):
+            key = self._config.environ.get(name, "").strip()
             if len(key) >= _SHORTEST_KEY and key in text:
                 step = "take it out; keys belong into the environment"
-                raise ConfigError(f"{what} holds the key in {entry.api_key_env}, so it is not kept", next_step=step)
+                raise ConfigError(f"{what} holds the key in {name}, so it is not kept", next_step=step)
 
     def __repr__(self) -> str:
         return f"<Prompts of {self.project}>"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pandas as pd
 import pytest
 
@@ -52,6 +54,15 @@ def test_what_cannot_be_kept_is_said(prompts, text) -> None:
     with pytest.raises(ConfigError):
         prompts.save("sum", text)
     assert list(prompts) == []
+
+
+def test_the_key_of_a_model_of_the_settings_is_not_kept(tmp_path) -> None:
+    model = {"provider": "vllm", "model": "m", "base_url": "http://127.0.0.1:9/v1", "api_key_env": "MINE"}
+    config = llmkit.Config.of(environ={"MINE": "plain words 0123"}, state={"url": "memory"}, models={"local": model})
+    with closing(Prompts(config, FakeClock(), tmp_path)) as prompts:
+        with pytest.raises(ConfigError, match="holds the key in MINE"):
+            prompts.save("sum", "it is plain words 0123")
+        assert list(prompts) == []
 
 
 def test_a_providers_key_is_not_kept(prompts) -> None:
