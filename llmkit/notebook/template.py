@@ -32,6 +32,7 @@ MAX_CHARACTERS = 4_000_000
 
 RAW = "--raw sends the cell as it is"
 _MOST_KEPT = 64
+_OF_THE_SHELL = frozenset({"In", "Out", "exit", "get_ipython", "open", "quit"})  # which nobody means
 _LONGEST_KEPT = 100_000  # characters; a longer template is compiled each time
 
 
@@ -183,7 +184,8 @@ def _missing(error: MissingName, names: Mapping[str, Any]) -> TemplateError:
         return TemplateError(f"{place}{error.name} is not allowed in a prompt", name=error.name, next_step=step)
     if not error.top or error.name is None:
         return TemplateError(f"{place}{error}"[:300], name=error.name, next_step=f"mend it, or {RAW}")
-    near = difflib.get_close_matches(error.name, [name for name in names if not name.startswith(("_", "\0"))], 1)
+    others = [name for name in names if not name.startswith(("_", "\0")) and name not in _OF_THE_SHELL]
+    near = difflib.get_close_matches(error.name, others, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     message = f"{place}{error.name} is not defined in this notebook{hint}"
     return TemplateError(message, name=error.name, next_step=f"run the cell that makes it; or {RAW}")

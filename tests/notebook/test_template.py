@@ -284,3 +284,10 @@ def test_other_files_are_not_taken_in(tag) -> None:
     with pytest.raises(TemplateError, match=r"line 2 of the prompt: .*a prompt takes in no other file") as caught:
         render(f"first\n{{% {tag} %}}")
     assert "--raw" in caught.value.next_step
+
+
+def test_what_the_shell_put_there_is_not_what_was_meant() -> None:
+    assert failure("{{ nope }}", open=open, quit=quit).message == (
+        "line 1 of the prompt: nope is not defined in this notebook"
+    )
+    assert failure("{{ nope }}", open=open, nopes=1).message.endswith("did you mean nopes?")
