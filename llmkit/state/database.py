@@ -477,8 +477,11 @@ class Database:
             self._let_go()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
+        # Not contextlib: at the interpreter's end a module's names may be gone before its objects.
+        try:  # noqa: SIM105
             self._let_go()
+        except Exception:  # noqa: BLE001, S110  nobody is left to be told
+            pass
 
     # -- forking -----------------------------------------------------------------------------------------------------
 

@@ -220,3 +220,12 @@ def test_many_threads(database):
     for thread in threads:
         thread.join(30)
     assert len(keys(database)) == 200
+
+
+def test_what_is_left_open_at_the_end_of_the_process_ends_quietly(monkeypatch) -> None:
+    """As the interpreter leaves it: its module's names are gone before it."""
+    from llmkit.state import database
+
+    left = database.Database.__new__(database.Database)
+    monkeypatch.setattr(database, "contextlib", None)
+    left.__del__()
