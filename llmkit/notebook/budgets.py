@@ -32,6 +32,7 @@ _AMOUNT = re.compile(
     r"(?P<dollar>\$)?(?P<number>\d[\d_,]*(?:\.\d+)?|\.\d+)\s*(?P<scale>[km]?)(?P<unit>usd|\$|tokens?)?", re.IGNORECASE
 )
 _HEAD = ("scope", "limit", "spent", "held", "unknown", "left", "used", "resets")
+_NOTHING = {"$0", "0 tokens"}
 
 
 # -- what holds --------------------------------------------------------------------------------------------------------
@@ -73,8 +74,7 @@ def table(frame: pd.DataFrame, budget: BudgetSettings, cell: object = None) -> s
     ]
     if not rows:
         return "\n".join([*lines, "", "no other limit is set; for example: %llm budget session=1usd day=5usd"])
-    widths = [max(len(row[column]) for row in (_HEAD, *rows)) for column in range(len(_HEAD))]
-    lines += ["", *(_aligned(row, widths) for row in (_HEAD, *rows))]
+    lines += ["", *_aligned([_HEAD, *rows])]
     if any(limit.is_default for limit in budget.limits):
         lines += [
             "",
@@ -83,9 +83,19 @@ def table(frame: pd.DataFrame, budget: BudgetSettings, cell: object = None) -> s
     return "\n".join(lines)
 
 
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:7], widths[1:7], strict=True))]
-    return "  ".join([*cells, row[7]]).rstrip()
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; without the column of what is unknown where that is nothing, as it nearly always is."""
+    unknown = _HEAD.index("unknown")
+    if all(row[unknown] in _NOTHING for row in rows[1:]):
+        rows = [[*row[:unknown], *row[unknown + 1 :]] for row in rows]
+    first, *between, last = zip(*rows, strict=True)
+    columns = [_justified(first, str.ljust), *(_justified(each, str.rjust) for each in between), last]
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+
+
+def _justified(column: Sequence[str], justify: Callable[[str, int], str]) -> list[str]:
+    width = max(map(len, column))
+    return [justify(cell, width) for cell in column]
 
 
 def _rows(frame: pd.DataFrame, budget: BudgetSettings) -> list[_Row]:
@@ -130,14 +140,14 @@ def resets(at: Any) -> str:
     """When a window ends, in its own time zone; ``at`` is None, or no time at all, where it never does."""
     if at is None or at != at:  # noqa: PLR0124
         return "never"
-    return f"{at:%a %Y-%m-%d %H:%M} {at.tzname()}"
+    return f"{at:%Y-%m-%d %H:%M}"
 
 
 def in_brief(frame: pd.DataFrame, budget: BudgetSettings) -> list[str]:
     """One line a limit: how much of it is used."""
     lines = []
     for row in _rows(frame, budget):
-        held = "" if row.held in {"$0", "0 tokens"} else f", {row.held} held"
+        held = "" if row.held in _NOTHING else f", {row.held} held"
         lines.append(f"{row.scope}: {row.spent} of {row.limit} ({row.used}){held}")
     return lines
 

@@ -207,7 +207,7 @@ class LLMMagics(Magics):
     @no_var_expand
     @line_magic("llm")  # type: ignore[arg-type]
     def command(self, line: str) -> Any:
-        """Everything beside asking; see ``%llm help``."""
+        """Everything beside asking: %llm help lists it, and %llm help TOPIC says more, with examples."""
         from llmkit.notebook.commands import run
 
         with self._unfolding():

@@ -9,6 +9,7 @@ import pytest
 
 import llmkit
 from llmkit.errors import BudgetExceeded, ConfigError
+from llmkit.notebook import budgets
 from llmkit.notebook.magics import LLMMagics
 from tests.notebook.server import refused
 from tests.notebook.test_magics import run
@@ -126,16 +127,27 @@ def test_every_limit_is_shown(shell) -> None:
         "at a limit:   an error; there is a warning from 80% on",
         "time zone:    UTC",
         "",
-        "scope                 limit      spent  held  unknown    left  used  resets",
-        "session (by default)     $5  $0.000017    $0       $0   $4.99    0%  with the kernel",
-        f"day (by default)        $20  $0.000017    $0       $0  $19.99    0%  {tomorrow()}",
+        "scope                 limit      spent  held    left  used  resets",
+        "session (by default)     $5  $0.000017    $0   $4.99    0%  with the kernel",
+        f"day (by default)        $20  $0.000017    $0  $19.99    0%  {tomorrow()}",
         "",
         "what is set by default holds for paid models only; day=off lifts one, %llm budget off lifts all",
     ]
 
 
 def tomorrow():
-    return f"{datetime.now(UTC).date() + timedelta(days=1):%a %Y-%m-%d} 00:00 UTC"
+    return f"{datetime.now(UTC).date() + timedelta(days=1):%Y-%m-%d} 00:00"
+
+
+def test_what_is_unknown_has_a_column_where_there_is_any(shell) -> None:
+    session = shell.magics_manager.registry["LLMMagics"].session
+    frame = session.portal.run(session.client.budgets())
+    assert "unknown" not in budgets.table(frame, session.budget)
+    frame["unknown"] = frame["unknown"].astype(float)
+    frame.loc[0, "unknown"] = 0.5
+    shown = budgets.table(frame, session.budget)
+    assert re.search(r"held  unknown +left", shown)
+    assert re.search(r"session .* \$0 +\$0\.5", shown)
 
 
 def test_limits_are_set_for_this_session_and_kept_at_once(shell, server) -> None:
@@ -236,9 +248,7 @@ def test_a_report_says_what_was_spent_and_saved(shell) -> None:
     run(shell, "%%llm --user ana --tag app=docs\nhi")
     run(shell, "%%llm --user ana --tag app=docs\nhi")
     head, _, names, row = said(shell, "%llm report user").splitlines()
-    assert head == (
-        "$0.000017 for 2 calls, by user, last 30d; $0.000017 saved by cached and shared answers"
-    )
+    assert head == ("$0.000017 for 2 calls, by user, last 30d; $0.000017 saved by cached and shared answers")
     assert names.split()[:4] == ["user", "calls", "attempts", "input"]
     assert row.split() == ["ana", "2", "1", "7", "5", "$0.000017", "$0.000017"]
     assert f"\n{datetime.now(UTC):%Y-%m-%d}  " in said(shell, "%llm report")
