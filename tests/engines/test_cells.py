@@ -119,7 +119,7 @@ def test_the_quickstart_runs_against_the_engine(kernel, engine) -> None:
             assert status == "ok", f"{cell.source}\n{shown}"
     status, shown = kernel.run(
         "with llmkit.Client() as client:\n"
-        f"    asked = client.calls().query('provider == \"{engine.provider}\" and source == \"provider\"')\n"
-        "assert len(asked) == 6 and (asked.status == 'complete').all() and not asked.estimated.any(), asked"
+        f'    asked = client.calls().query(\'provider == "{engine.provider}" and source == "provider"\')\n'
+        "assert len(asked) == 7 and (asked.status == 'complete').all() and not asked.estimated.any(), asked"
     )
     assert status == "ok", shown
