@@ -425,6 +425,7 @@ class Reply:
             message += ": the limit of output tokens was reached before there was any"
         else:
             message += f" (finish reason: {head.finish_reason or 'none'})"
+            fields["next_step"] = "run it again, say more in the prompt, or use another model (-m)"  # no limit was met
         return EmptyReply(message, reasoning_tokens=reasoning, **fields)
 
     # -- sharing -----------------------------------------------------------------------------------------------------

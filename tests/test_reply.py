@@ -208,6 +208,7 @@ def test_an_end_without_an_answer_is_an_error_of_its_own(finish, reasoning, usag
             assert tokens is None or str(tokens) in caught.value.message
             assert ("reasoning" in caught.value.message) == bool(reasoning)
             assert ("limit" in caught.value.message) == (finish == "length")
+            assert ("--max-tokens" in caught.value.next_step) == (finish == "length")
 
     run(main)
 
