@@ -428,6 +428,7 @@ def test_what_others_hold_is_waited_for_oldest_first() -> None:
             await book.clock.advance(0.1)
         said = {event.request_id: event.reason for event in book.events if isinstance(event, Waiting)}
         assert said.keys() == {"big", "small"}
+        assert all(event.for_room for event in book.events if isinstance(event, Waiting))
         assert "held by calls in flight" in said["big"]
         assert "others wait" in said["small"]
         await first.aclose()
