@@ -16,8 +16,9 @@ from llmkit.errors import ConfigError, LLMKitError, TemplateError
 from llmkit.notebook.comparing import ComparisonInterrupted, TerminalGrid
 from llmkit.notebook.magics import LLMMagics
 from llmkit.testing import Fault, Simulator
+from tests.notebook.strict import nbval
 from tests.notebook.test_kernel import kernel, running  # noqa: F401 - fixtures
-from tests.notebook.test_saved import environment, nbval, sanitize  # noqa: F401 - a fixture among them
+from tests.notebook.test_saved import environment, sanitize  # noqa: F401 - a fixture among them
 
 TEXTS = {"a": "The quick fox.", "b": "The slow fox.", "c": "Something else entirely: cats."}
 PRICES = {"a": (1, 2), "b": (1, 9), "c": (0.1, 0.2)}
@@ -266,5 +267,6 @@ def test_a_grid_that_was_saved_live_passes_strict_nbval(folder, models, environm
     assert book.cells[1].outputs[0]["data"] == {}
     nbformat.write(book, folder / "saved.ipynb")
     for display in ("live", "final"):
-        done = nbval(folder / "saved.ipynb", environment, "--nbval-sanitize-with", sanitize(), display=display)
+        shown = environment | {"LLMKIT_DISPLAY": display}
+        done = nbval(folder, shown, "--nbval-sanitize-with", sanitize(), "saved.ipynb")
         assert done.returncode == 0, done.stdout
