@@ -113,9 +113,11 @@ def _rule(model: str) -> _Rule | None:
 def _tiles(width: int, height: int) -> int:
     """Tiles of a picture that is made to fit 2048 × 2048, and then 768 on its shorter side, larger or smaller."""
     shorter, longer = sorted((width, height))
-    if longer > _LONGEST:
+    narrow = shorter
+    if longer > _LONGEST:  # rounded down, the shorter side makes the longer one longer; rounded up, it takes more tiles
+        narrow = max(1, shorter * _LONGEST // longer)
         shorter, longer = ceil(shorter * _LONGEST / longer), _LONGEST
-    tiles = ceil(_SHORTEST / _TILE) * ceil(longer * _SHORTEST / shorter / _TILE)
+    tiles = ceil(_SHORTEST / _TILE) * ceil(longer * _SHORTEST / narrow / _TILE)
     if shorter <= _SHORTEST:  # whether a small one is made larger is said in two ways
         tiles = max(tiles, ceil(shorter / _TILE) * ceil(longer / _TILE))
     return min(_MOST_TILES, tiles)
