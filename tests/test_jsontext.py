@@ -66,7 +66,7 @@ def test_the_text_of_the_value_is_kept_as_it_was_written() -> None:
         ("{'a': 1}", "line 1, column 2"),
         (r'{"a": "\ud83d"}', "half a character"),
         (r'so {"a": "\uDE00\uD83D"}.', "half a character"),
-        ('{"a": 1,\n}', "line 2"),
+        ('{"a": 1,\n}', "line [12]"),  # Pythons differ in what they think is wrong: the comma, or the brace behind it
         ("[" * 100_000, "nested too deep"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deep"),
         (f"{'[' * (DEEPEST + 1)}{']' * (DEEPEST + 1)}", "deeper than"),
