@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from pathlib import Path
@@ -101,9 +102,12 @@ class Session:
     @property
     def client(self) -> AsyncClient:
         if self._client is None:
+            from llmkit import portal  # noqa: F401  first, so that its own ending comes after this one
             from llmkit.client import AsyncClient
 
             self._client = AsyncClient(config=self.config)
+            atexit.unregister(self.close)
+            atexit.register(self.close)
             tape.lead(self._client)
             if self._default is not None:
                 self._client.default_is(self._default.model)
