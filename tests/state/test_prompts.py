@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 
 import pytest
 
@@ -106,7 +107,8 @@ def test_a_file_of_something_else_is_left_alone(tmp_path) -> None:
     connection.close()
     with pytest.raises(StoreError, match="is not a store of prompts of llmkit"):
         open_prompts(url_of(tmp_path))
-    assert sqlite3.connect(path).execute("SELECT count(*) FROM mine").fetchone() == (0,)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM mine").fetchone() == (0,)
 
 
 def test_a_damaged_file_is_an_error_and_stays_where_it_is(tmp_path) -> None:
