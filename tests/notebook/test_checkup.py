@@ -12,7 +12,7 @@ from llmkit import doctor
 from llmkit.notebook import checkup
 from llmkit.notebook.magics import LLMMagics
 
-KEY = "sk-verysecretindeed0123456789"
+KEY = "sk-test-key-of-nobody-0123456789"
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from tests.notebook.server import CUT, Gone, refused, said, silent
 from tests.notebook.strict import nbval
 from tests.notebook.test_kernel import ROOT, WAIT_S, kernel, running, with_text  # noqa: F401 - fixtures
 
-KEY = "sk-verysecretindeed0123456789"
+KEY = "sk-test-key-of-nobody-0123456789"
 
 MADE = """
 import inspect, llmkit
