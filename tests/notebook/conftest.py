@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
 
 from tests.notebook.server import Server
 
@@ -32,12 +34,14 @@ def folder(server, monkeypatch, tmp_path):
 def bare():
     """A shell without llmkit."""
     InteractiveShell.clear_instance()
-    shell = InteractiveShell.instance(colors="nocolor")
-    shell.history_manager.enabled = False
+    # Without a history from the start: one that is switched off later keeps its thread.
+    shell = InteractiveShell.instance(colors="nocolor", config=Config({"HistoryManager": {"enabled": False}}))
     yield shell
     if "llmkit" in shell.extension_manager.loaded:
         shell.run_line_magic("unload_ext", "llmkit")
     shell.history_manager.end_session()
+    # Else hundreds of shells collect all garbage, one after the other, before the process ends: minutes.
+    atexit.unregister(shell.atexit_operations)
     InteractiveShell.clear_instance()
 
 
