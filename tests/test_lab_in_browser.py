@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -71,6 +71,11 @@ def started(notebook, tmp_path):
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(20)
+        with suppress(ProcessLookupError):  # its JupyterLab ends by itself, or is not left behind all the same
+            for _ in range(50):
+                os.killpg(process.pid, 0)
+                time.sleep(0.2)
+            os.killpg(process.pid, signal.SIGKILL)
         log.close()
 
 
